@@ -241,6 +241,7 @@ func (c *Counter) setGate(t uint64, level bool) {
 		c.Gate = false
 		return
 	}
+	wasLow := !c.out(t)
 	c.Gate = true
 	switch {
 	case c.triggered() || c.periodic() && c.Armed:
@@ -248,7 +249,7 @@ func (c *Counter) setGate(t uint64, level bool) {
 			c.Count, c.Next = c.Next, 0
 		}
 		if c.Count != 0 {
-			c.LowFirst = c.Mode == 1 && !c.out(t)
+			c.LowFirst = c.Mode == 1 && wasLow
 			c.Armed, c.Start, c.Held = true, t+1, 0
 		}
 	case c.Armed:
