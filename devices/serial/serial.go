@@ -138,12 +138,12 @@ type State struct {
 	Lines                   uint8 // modem inputs from outside, as in MSR's upper half
 	Divisor                 uint16
 
-	FIFO   [fifoSize]uint8 // received, oldest first; one byte while FIFOs are off
-	Flags  [fifoSize]uint8 // LSR's error bits of each byte, until they have been read
-	Count  uint8           // bytes in FIFO
-	RBR    uint8           // last byte read: what an empty receiver reads as
-	THRI   bool            // "transmitter empty" waits to be acknowledged
-	TimedO bool            // the time-out has come
+	FIFO     [fifoSize]uint8 // received, oldest first; one byte while FIFOs are off
+	Flags    [fifoSize]uint8 // LSR's error bits of each byte, until they have been read
+	Count    uint8           // bytes in FIFO
+	RBR      uint8           // last byte read: what an empty receiver reads as
+	THRI     bool            // "transmitter empty" waits to be acknowledged
+	TimedOut bool            // the time-out has come
 
 	Backlog []byte // received, not yet in FIFO
 	Break   bool   // a break comes after the first BreakAt bytes of Backlog
@@ -179,6 +179,7 @@ func (d *Device) Reset() {
 		Divisor: defaultDivisor, Lines: d.s.Lines, MSR: d.s.Lines,
 		Backlog: d.s.Backlog, Break: d.s.Break, BreakAt: d.s.BreakAt,
 	}
+	d.timer.Disarm()
 	d.pump()
 	d.update()
 }
@@ -335,7 +336,7 @@ func (d *Device) control(v uint8) {
 		v |= fcrClearReceive // either way the FIFOs lose their data
 	}
 	if v&fcrClearReceive != 0 && (v|s.FCR)&fcrEnable != 0 {
-		s.Count, s.Flags[0] = 0, 0
+		s.Count, s.FIFO, s.Flags = 0, [fifoSize]uint8{}, [fifoSize]uint8{}
 	}
 	if v &= fcrKept; v&fcrEnable == 0 {
 		v = 0 // the other bits are not programmed without this one
@@ -405,7 +406,10 @@ func (d *Device) readData() uint8 {
 	if s.Count > 0 {
 		s.Errors |= s.Flags[0]
 	}
+	// The line falls before the next byte raises it: an edge-triggered controller must
+	// see an interrupt for a byte that a driver does not stay to fetch.
 	d.restart()
+	d.update()
 	d.pump()
 	d.update()
 	return s.RBR
@@ -446,7 +450,7 @@ func (d *Device) pump() {
 // FIFO holds something that is too little for the data available interrupt.
 func (d *Device) restart() {
 	s := &d.s
-	s.TimedO = false
+	s.TimedOut = false
 	if s.FCR&fcrEnable == 0 || s.Count == 0 || s.Count >= d.trigger() {
 		if d.timer.Deadline() != devices.Never {
 			d.timer.Disarm()
@@ -460,7 +464,7 @@ func (d *Device) restart() {
 
 // timeout is the timer's function.
 func (d *Device) timeout() {
-	d.s.TimedO = true
+	d.s.TimedOut = true
 	d.update()
 }
 
@@ -488,7 +492,7 @@ func (d *Device) interrupt() uint8 {
 		return iirLine
 	case s.IER&ierReceive != 0 && s.Count > 0 && s.Count >= d.trigger():
 		return iirReceive
-	case s.IER&ierReceive != 0 && s.TimedO:
+	case s.IER&ierReceive != 0 && s.TimedOut:
 		return iirTimeout
 	case s.IER&ierTHRE != 0 && s.THRI:
 		return iirTHRE
@@ -530,6 +534,11 @@ func (d *Device) Restore(s State) error {
 		return fmt.Errorf("serial: saved break after byte %d of %d", s.BreakAt, len(s.Backlog))
 	case s.IER&^ierMask != 0 || s.MCR&^mcrMask != 0 || s.Lines&^msrLevels != 0 || s.Errors&^lsrErrors != 0:
 		return fmt.Errorf("serial: saved registers have bits that do not exist")
+	}
+	for _, f := range s.Flags {
+		if f&^lsrErrors != 0 {
+			return fmt.Errorf("serial: saved error bits %#02x of a byte", f)
+		}
 	}
 	s.Backlog = append([]byte(nil), s.Backlog...)
 	d.s = s
