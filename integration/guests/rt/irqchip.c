@@ -54,8 +54,6 @@ u16 pic_irr(void) { return pic_register(OCW3_READ_IRR); }
 u16 pic_isr(void) { return pic_register(OCW3_READ_ISR); }
 
 #define SVR_ENABLE 0x100
-#define LAPIC_LVT_THERMAL 0x330
-#define LAPIC_LVT_PERF 0x340
 
 void lapic_init(void)
 {
@@ -69,6 +67,8 @@ void lapic_init(void)
 	lapic_write(LAPIC_LVT_LINT1, LVT_MASKED);
 	lapic_write(LAPIC_LVT_ERROR, LVT_MASKED);
 }
+
+void pic_wire(void) { lapic_write(LAPIC_LVT_LINT0, LVT_EXTINT); }
 
 bool lapic_bit(u32 reg, u8 vector)
 {

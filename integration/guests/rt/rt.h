@@ -187,6 +187,9 @@ void irq_wait(u8 vector, u64 count);
 /* pic_init programs both 8259As: vectors from PIC_VECTOR, edge by ELCR, manual
  * EOI, everything masked but the cascade. */
 void pic_init(void);
+/* pic_wire lets the 8259A's interrupts through the local APIC (LINT0 as ExtINT),
+ * which firmware does on a real board; after lapic_init. */
+void pic_wire(void);
 void pic_mask(int irq, bool masked);
 void pic_eoi(int irq);
 u16 pic_irr(void);
