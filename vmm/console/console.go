@@ -34,8 +34,8 @@ var (
 	ErrSessions = errors.New("console: too many sessions")
 )
 
-// Input takes bytes for the guest. It blocks while the guest's receive queue is full,
-// until ctx ends, and keeps no reference to p. An error means that the guest takes no more input.
+// Input takes bytes for the guest. It blocks while the guest's receive queue is full and
+// keeps no reference to p. An error means that no more input is taken.
 type Input func(ctx context.Context, p []byte) error
 
 // Backend is where a console's output goes and its input comes from, apart from sessions.
@@ -71,9 +71,11 @@ type Console struct {
 	ctx     context.Context // ends at Close
 	cancel  context.CancelFunc
 
-	// input is the guest's end, set by Start before started is closed.
-	input   Input
+	// guest is the guest's end, set by Start before started is closed. It is called by who
+	// holds the token in typing.
+	guest   func(p []byte)
 	started chan struct{}
+	typing  chan struct{}
 
 	mu       sync.Mutex
 	ring     ring
@@ -90,6 +92,7 @@ func New(name string, backend Backend) *Console {
 	return &Console{
 		name: name, backend: backend, ctx: ctx, cancel: cancel,
 		started: make(chan struct{}),
+		typing:  make(chan struct{}, 1),
 		ring:    ring{data: make([]byte, RingSize)},
 	}
 }
@@ -117,22 +120,31 @@ func (c *Console) Output(p []byte) {
 	c.backend.Output(p)
 }
 
-// Start begins input: from now on what is typed reaches input, which is called from one
-// goroutine per source and must bear that. Start is called once; what is typed
-// before waits.
-func (c *Console) Start(input Input) {
-	c.input = input
+// Start begins input: from now on what is typed is given to deliver, one call at a time, in
+// pieces of at most [MaxInput] bytes. deliver blocks while the guest does not read, and must return
+// once the machine has ended. Start is called once; what is typed before it waits.
+func (c *Console) Start(deliver func(p []byte)) {
+	c.guest = deliver
 	close(c.started)
 	c.backend.Start(c.ctx, c.deliver)
 }
 
-// deliver hands p to the guest in pieces and counts it.
+// deliver hands p to the guest in pieces and counts it. ctx ends the wait for others who type.
 func (c *Console) deliver(ctx context.Context, p []byte) error {
 	for len(p) > 0 {
-		piece := p[:min(len(p), MaxInput)]
-		if err := c.input(ctx, piece); err != nil {
-			return err
+		select {
+		case <-ctx.Done(): // also when the token is free
+			return ctx.Err()
+		default:
 		}
+		select {
+		case c.typing <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		piece := p[:min(len(p), MaxInput)]
+		c.guest(piece)
+		<-c.typing
 		c.mu.Lock()
 		c.stats.Input += uint64(len(piece))
 		c.mu.Unlock()
@@ -161,7 +173,8 @@ func (c *Console) Recent() []byte {
 	return c.ring.bytes()
 }
 
-// Close ends all sessions (they can read what they already have) and closes the backend.
+// Close ends all sessions (they can read what they already have) and closes the backend. The function
+// given to Start must not block any more.
 func (c *Console) Close() error {
 	c.mu.Lock()
 	c.closed = true

@@ -1,0 +1,313 @@
+package vmm
+
+import (
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ftvmm/ftvmm/devices"
+	"github.com/ftvmm/ftvmm/devices/virtio/blk"
+	"github.com/ftvmm/ftvmm/devices/virtio/net"
+	"github.com/ftvmm/ftvmm/vmm/backend"
+)
+
+// Shorter names for the types that cross the machine's border.
+type (
+	DiskRequest = blk.Request
+	Offloads    = net.Offloads
+)
+
+// Limits of the queue between the backends and the vCPU loop.
+const (
+	// MaxQueuedFrames bounds the received frames of one NIC that wait for the loop; then
+	// the NIC's goroutine blocks and the network drops, as at a full receive ring.
+	MaxQueuedFrames = 256
+	// MaxQueuedConsole bounds the console bytes that wait for the loop, for each console.
+	MaxQueuedConsole = 64 << 10
+	// MaxEntropy bounds one request for random bytes.
+	MaxEntropy = 64 << 10
+)
+
+// Live connects a guest to the present: it is the input source and output sink of a guest
+// that runs unprotected. Backends post from their goroutines into a bounded queue; the
+// vCPU loop takes from it.
+type Live struct {
+	bell  *Bell
+	disks []backend.Disk
+	nics  []backend.NIC
+	cons  []Console
+	log   *slog.Logger
+
+	// Virtual time is host monotonic time less what passed while paused. Only the loop uses these.
+	base   time.Time // the host's monotonic clock at virtual time `start`
+	start  int64
+	paused bool
+	last   int64 // the last sample: time never goes back
+
+	timer    int // a timerfd on CLOCK_MONOTONIC
+	armed    int64
+	timerDue atomic.Bool
+
+	mu     sync.Mutex
+	room   sync.Cond // signalled when the queue shrinks or the source closes
+	queue  []Input
+	spare  []Input
+	frames []int // queued frames of each NIC
+	bytes  []int // queued bytes of each console
+	closed bool
+	wg     sync.WaitGroup
+}
+
+// Console is one end of a serial line or console: a terminal, a file, a socket.
+type Console interface {
+	// Output sends bytes that the guest wrote. The buffer is lent for the call.
+	Output(p []byte)
+	// Start begins delivery of input: deliver is called from one goroutine with bytes that
+	// it copies; it blocks while the guest does not read.
+	Start(deliver func(p []byte))
+}
+
+// NewLive returns a source and sink on these backends; the index of a backend is the
+// device number in inputs and outputs. A nil console discards output. The backends belong to
+// the caller, who closes them after [Live.Close].
+func NewLive(disks []backend.Disk, nics []backend.NIC, consoles []Console) (*Live, error) {
+	fd, err := unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("vmm: create timer: %w", err)
+	}
+	l := &Live{
+		disks: disks, nics: nics, cons: consoles, timer: fd, armed: devices.Never, paused: true,
+		frames: make([]int, len(nics)), bytes: make([]int, len(consoles)), log: slog.Default(),
+	}
+	l.room.L = &l.mu
+	return l, nil
+}
+
+// Attach starts the backends' deliveries.
+func (l *Live) Attach(bell *Bell) {
+	l.bell = bell
+	l.wg.Add(1)
+	go l.watchTimer()
+	for i, n := range l.nics {
+		n.Start(func(frame []byte) { l.postFrame(i, frame) }, func(up bool) {
+			l.post(Input{Kind: InputLink, Device: uint16(i), Up: up})
+		})
+	}
+	for i, c := range l.cons {
+		if c != nil {
+			c.Start(func(p []byte) { l.postConsole(i, p) })
+		}
+	}
+}
+
+// Close releases blocked deliveries and ends the timer. The machine no longer runs.
+func (l *Live) Close() error {
+	l.mu.Lock()
+	l.closed = true
+	l.room.Broadcast()
+	l.mu.Unlock()
+	// The watcher sees closed at the timer's next expiry, which is now.
+	l.setTimer(1)
+	l.wg.Wait()
+	return unix.Close(l.timer)
+}
+
+// watchTimer turns expiries of the timerfd into rings of the bell. A Go timer would do
+// if the runtime did not round sleeps up to a millisecond.
+func (l *Live) watchTimer() {
+	defer l.wg.Done()
+	var b [8]byte
+	for {
+		if _, err := unix.Read(l.timer, b[:]); err != nil && err != unix.EINTR {
+			l.log.Error("timer failed", "err", err)
+			return
+		}
+		l.mu.Lock()
+		closed := l.closed
+		l.mu.Unlock()
+		if closed {
+			return
+		}
+		l.timerDue.Store(true)
+		l.bell.Ring()
+	}
+}
+
+func (l *Live) setTimer(d time.Duration) {
+	spec := unix.ItimerSpec{Value: unix.NsecToTimespec(int64(max(d, 1)))}
+	if err := unix.TimerfdSettime(l.timer, 0, &spec, nil); err != nil {
+		l.log.Error("cannot set timer", "err", err)
+	}
+}
+
+// now returns virtual time.
+func (l *Live) now() int64 {
+	if !l.paused {
+		l.last = max(l.last, l.start+int64(time.Since(l.base)))
+	}
+	return l.last
+}
+
+// Sample returns the present virtual time.
+func (l *Live) Sample(Position) int64 { return l.now() }
+
+// Pause stops virtual time.
+func (l *Live) Pause() {
+	l.now()
+	l.paused = true
+}
+
+// Resume lets virtual time go on from where it was.
+func (l *Live) Resume() {
+	if l.paused {
+		l.base, l.start, l.paused = time.Now(), l.last, false
+		l.armed = devices.Never // the timer was set for another base
+	}
+}
+
+// SetTime sets virtual time, before the first entry or while paused: the guest was restored.
+func (l *Live) SetTime(t int64) {
+	l.last, l.start, l.base = t, t, time.Now()
+}
+
+// Anywhere reports true: nobody replays this guest.
+func (l *Live) Anywhere() bool { return true }
+
+// EveryStop reports false: the bell tells.
+func (l *Live) EveryStop() bool { return false }
+
+// Arm sets the host's timer for the guest's next deadline. Moving a deadline back is
+// common and costs nothing here: the timer then expires early and is set again.
+func (l *Live) Arm(next int64) {
+	if next >= l.armed || next == devices.Never {
+		return
+	}
+	l.armed = next
+	l.setTimer(time.Duration(next - l.now()))
+}
+
+// Take returns what the backends have posted, and the time if a timer is due.
+func (l *Live) Take(_ Position, next int64, buf []Input) []Input {
+	if l.timerDue.Load() {
+		l.timerDue.Store(false)
+		l.armed = devices.Never
+	}
+	if next != devices.Never {
+		if now := l.now(); now >= next {
+			buf = append(buf, Input{Kind: InputTime, Time: now})
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.queue {
+		switch in := &l.queue[i]; in.Kind {
+		case InputFrame:
+			l.frames[in.Device]--
+		case InputConsole:
+			l.bytes[in.Device] -= len(in.Data)
+		}
+	}
+	if len(l.queue) > 0 {
+		buf = append(buf, l.queue...)
+		clear(l.queue)
+		l.queue = l.queue[:0]
+		l.room.Broadcast()
+	}
+	return buf
+}
+
+// Applied returns frame buffers to their pool.
+func (l *Live) Applied(inputs []Input) {
+	for i := range inputs {
+		if inputs[i].Kind == InputFrame {
+			backend.PutFrame(inputs[i].Data)
+		}
+	}
+}
+
+// Wait sleeps until the bell rings or the deadline passes.
+func (l *Live) Wait(_ Position, next int64) {
+	if next == devices.Never {
+		l.bell.Sleep(-1)
+		return
+	}
+	l.bell.Sleep(time.Duration(max(next-l.now(), 0)))
+}
+
+func (l *Live) post(in Input) {
+	l.mu.Lock()
+	l.queue = append(l.queue, in)
+	l.mu.Unlock()
+	l.bell.Ring()
+}
+
+func (l *Live) postFrame(nic int, frame []byte) {
+	l.mu.Lock()
+	for l.frames[nic] >= MaxQueuedFrames && !l.closed {
+		l.room.Wait()
+	}
+	l.frames[nic]++
+	l.queue = append(l.queue, Input{Kind: InputFrame, Device: uint16(nic), Data: frame})
+	l.mu.Unlock()
+	l.bell.Ring()
+}
+
+func (l *Live) postConsole(c int, p []byte) {
+	for len(p) > 0 {
+		l.mu.Lock()
+		for l.bytes[c] >= MaxQueuedConsole && !l.closed {
+			l.room.Wait()
+		}
+		if l.closed {
+			l.mu.Unlock()
+			return
+		}
+		n := min(len(p), MaxQueuedConsole-l.bytes[c])
+		l.bytes[c] += n
+		l.queue = append(l.queue, Input{Kind: InputConsole, Device: uint16(c), Data: append([]byte(nil), p[:n]...)})
+		l.mu.Unlock()
+		l.bell.Ring()
+		p = p[n:]
+	}
+}
+
+// PressPowerButton posts the press. Any goroutine may call it.
+func (l *Live) PressPowerButton() { l.post(Input{Kind: InputPowerButton}) }
+
+// Disk starts a request on its backend.
+func (l *Live) Disk(device int, r *DiskRequest) {
+	tag := r.Tag
+	l.disks[device].Submit(r, func(err error) {
+		in := Input{Kind: InputDisk, Device: uint16(device), Tag: tag}
+		if err != nil {
+			l.log.Warn("disk request failed", "disk", device, "op", r.Op, "offset", r.Offset, "length", r.Length, "err", err)
+			in.Status = uint8(blk.StatusIOErr)
+		}
+		l.post(in)
+	})
+}
+
+// Frame sends a frame.
+func (l *Live) Frame(device int, frame []byte) { l.nics[device].Transmit(frame) }
+
+// Offloads passes the driver's choice on.
+func (l *Live) Offloads(device int, o Offloads) { l.nics[device].SetOffloads(o) }
+
+// Console sends console bytes.
+func (l *Live) Console(device int, p []byte) {
+	if c := l.cons[device]; c != nil {
+		c.Output(p)
+	}
+}
+
+// Entropy answers a request for random bytes at once, as an input of the next stop.
+func (l *Live) Entropy(tag uint64, n int) {
+	b := make([]byte, min(n, MaxEntropy))
+	_, _ = rand.Read(b) // never fails (crypto/rand)
+	l.post(Input{Kind: InputEntropy, Tag: tag, Data: b})
+}
