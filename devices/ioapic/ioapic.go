@@ -63,9 +63,10 @@ const (
 )
 
 // Bus delivers an interrupt message to local APICs: dest is 8 bits in the given
-// destination mode, mode the delivery mode of the redirection entry.
+// destination mode, mode the delivery mode of the redirection entry. It returns
+// whether any local APIC took the message.
 type Bus interface {
-	Deliver(dest uint8, logical bool, mode, vector uint8, level bool)
+	Deliver(dest uint8, logical bool, mode, vector uint8, level bool) (accepted bool)
 }
 
 // IOAPIC is one I/O APIC.
@@ -120,17 +121,19 @@ func (a *IOAPIC) Line(n int) devices.Line {
 // sheet demands edges are edge-triggered whatever the trigger bit says.
 func isLevel(e uint64) bool { return e&levelMode != 0 && e&modeMask>>modeShift <= modeLowest }
 
-// serve sends the message of a level-triggered input that is due.
+// serve sends the message of a level-triggered input that is due. If no local APIC
+// takes it, nobody will end its service: it stays due.
 func (a *IOAPIC) serve(n int) {
 	e := &a.s.Redirection[n]
 	if isLevel(*e) && a.s.Level>>n&1 != 0 && *e&(masked|remoteIRR) == 0 {
-		*e |= remoteIRR
-		a.send(*e, true)
+		if a.send(*e, true) {
+			*e |= remoteIRR
+		}
 	}
 }
 
-func (a *IOAPIC) send(e uint64, level bool) {
-	a.bus.Deliver(uint8(e>>destShift), e&logical != 0, uint8(e&modeMask>>modeShift), uint8(e&vectorMask), level)
+func (a *IOAPIC) send(e uint64, level bool) bool {
+	return a.bus.Deliver(uint8(e>>destShift), e&logical != 0, uint8(e&modeMask>>modeShift), uint8(e&vectorMask), level)
 }
 
 // EOI ends the service of the level-triggered inputs with this vector; one that is

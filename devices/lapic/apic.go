@@ -282,30 +282,32 @@ func (a *APIC) CR8() uint8 { return a.s.TPR >> 4 }
 // SetCR8 sets the task priority from the processor's CR8 (SDM 11.8.6).
 func (a *APIC) SetCR8(v uint8) { a.s.TPR = v << 4 }
 
-// accept takes an interrupt message of mode fixed or lowest priority.
-func (a *APIC) accept(vector uint8, level bool) {
-	switch {
-	case !a.enabled():
-	case vector < firstVector:
-		a.fail(errReceiveVector)
-	default:
-		a.s.IRR.set(vector)
-		if level {
-			a.s.TMR.set(vector)
-		} else {
-			a.s.TMR.clear(vector)
-		}
+// accept takes an interrupt message of mode fixed or lowest priority, if it can.
+func (a *APIC) accept(vector uint8, level bool) bool {
+	if !a.enabled() {
+		return false
 	}
+	if vector < firstVector {
+		a.fail(errReceiveVector)
+		return false
+	}
+	a.s.IRR.set(vector)
+	if level {
+		a.s.TMR.set(vector)
+	} else {
+		a.s.TMR.clear(vector)
+	}
+	return true
 }
 
-// message takes any interrupt message that is meant for this APIC.
-func (a *APIC) message(mode, vector uint8, level bool) {
+// message takes any interrupt message that is meant for this APIC, if it can.
+func (a *APIC) message(mode, vector uint8, level bool) bool {
 	if !a.hardwareEnabled() {
-		return
+		return false
 	}
 	switch mode {
 	case ModeFixed, ModeLowest:
-		a.accept(vector, level)
+		return a.accept(vector, level)
 	case ModeNMI:
 		a.sys.NMI(a.id)
 	case ModeINIT:
@@ -313,7 +315,10 @@ func (a *APIC) message(mode, vector uint8, level bool) {
 		a.sys.INIT(a.id)
 	case ModeStartUp:
 		a.sys.StartUp(a.id, vector)
+	default:
+		return false
 	}
+	return true
 }
 
 // fail records an error and raises the error interrupt if it is new.
@@ -356,9 +361,8 @@ func (a *APIC) lintLevels() {
 	for pin, high := range a.s.LINT {
 		lvt := &a.s.LVT[lvtLINT0+pin]
 		const relevant = lvtMasked | modeMask | levelTrigger | lvtRemoteIRR
-		if high && *lvt&relevant == ModeFixed<<modeShift|levelTrigger && a.enabled() && uint8(*lvt) >= firstVector {
+		if high && *lvt&relevant == ModeFixed<<modeShift|levelTrigger && a.accept(uint8(*lvt), true) {
 			*lvt |= lvtRemoteIRR
-			a.accept(uint8(*lvt), true)
 		}
 	}
 }

@@ -66,12 +66,12 @@ func (b *Bus) Send(addr uint64, data uint32) {
 
 // Deliver sends an interrupt message with a destination of 8 bits, as I/O APICs do:
 // logical is the destination mode, mode one of the Mode constants, level the trigger
-// mode.
-func (b *Bus) Deliver(dest uint8, logical bool, mode, vector uint8, level bool) {
-	b.deliver(widen(dest), logical, mode, vector, level)
+// mode. It returns whether any APIC took it.
+func (b *Bus) Deliver(dest uint8, logical bool, mode, vector uint8, level bool) (accepted bool) {
+	return b.deliver(widen(dest), logical, mode, vector, level)
 }
 
-func (b *Bus) deliver(dest uint32, logical bool, mode, vector uint8, level bool) {
+func (b *Bus) deliver(dest uint32, logical bool, mode, vector uint8, level bool) (accepted bool) {
 	if mode == ModeLowest {
 		var winner *APIC
 		for _, a := range b.apics {
@@ -79,16 +79,14 @@ func (b *Bus) deliver(dest uint32, logical bool, mode, vector uint8, level bool)
 				winner = a
 			}
 		}
-		if winner != nil {
-			winner.message(mode, vector, level)
-		}
-		return
+		return winner != nil && winner.message(mode, vector, level)
 	}
 	for _, a := range b.apics {
-		if a.addressed(dest, logical) {
-			a.message(mode, vector, level)
+		if a.addressed(dest, logical) && a.message(mode, vector, level) {
+			accepted = true
 		}
 	}
+	return accepted
 }
 
 // addressed says whether a message's destination includes this APIC (SDM 11.6.2).
