@@ -104,14 +104,17 @@ type Queue struct {
 // value means nothing.
 func (q *Queue) barrier() { q.fence.Store(0) }
 
-// live says whether the device may touch the queue at all: the driver has set it up and
+// Live says whether the device may touch the queue at all: the driver has set it up and
 // lets the device use memory, and nothing is broken. A legacy driver may use a
 // queue before it sets DRIVER_OK (2.1.2 was not a rule then), and some of them
 // never enable bus mastering.
-func (q *Queue) live() bool {
+func (q *Queue) Live() bool {
 	t := q.t
 	return q.enabled && !t.broken && (t.legacy || t.status&StatusDriverOK != 0 && t.f.BusMaster())
 }
+
+// Max returns the number of descriptors that the device offers.
+func (q *Queue) Max() int { return int(q.max) }
 
 // Size returns the number of descriptors that the driver has chosen.
 func (q *Queue) Size() int { return int(q.size) }
@@ -134,7 +137,7 @@ var (
 // there is none, and has then asked the driver for a notification of the next one; or
 // when the queue is not in use or the device broken.
 func (q *Queue) Next(c *Chain) bool {
-	if !q.live() {
+	if !q.Live() {
 		return false
 	}
 	ring, err := q.mem.View(q.avail, availHeader+2*uint64(q.size))
@@ -244,7 +247,7 @@ func (q *Queue) Rewind(n int) {
 // Fill gives a chain back to the driver, with written bytes stored in its writable
 // buffers, but does not show it yet: see Publish.
 func (q *Queue) Fill(head uint16, written uint32) {
-	if !q.live() {
+	if !q.Live() {
 		return
 	}
 	elem, err := q.mem.Mutable(q.used+usedHeader+usedElemSize*uint64((q.done+q.filled)&(q.size-1)), usedElemSize)
@@ -261,7 +264,7 @@ func (q *Queue) Fill(head uint16, written uint32) {
 func (q *Queue) Publish() {
 	n := q.filled
 	q.filled = 0
-	if n == 0 || !q.live() {
+	if n == 0 || !q.Live() {
 		return
 	}
 	if q.mem.PutUint16(q.used+usedIdx, q.done+n) != nil {
@@ -282,7 +285,7 @@ func (q *Queue) Push(head uint16, written uint32) {
 // want to know (2.7.7, 2.7.10).
 func (q *Queue) Interrupt() {
 	before := q.signalled
-	if q.done == before || !q.live() {
+	if q.done == before || !q.Live() {
 		return
 	}
 	q.signalled = q.done

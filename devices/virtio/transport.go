@@ -314,7 +314,7 @@ func (t *Transport) fail() {
 
 // kick runs the device for a queue.
 func (t *Transport) kick(i uint64) {
-	if i < uint64(len(t.queues)) && t.queues[i].live() {
+	if i < uint64(len(t.queues)) && t.queues[i].Live() {
 		t.dev.Kick(int(i))
 	}
 }
