@@ -85,6 +85,7 @@ start64:
 	pushq $rt_start
 	iretq
 
+	.text
 /* One stub a vector, 16 bytes each, so that the IDT can be computed. */
 	.globl rt_stubs
 	.balign 16
