@@ -20,7 +20,7 @@ import (
 type Checks struct {
 	// Guests are the names of the embedded guests.
 	Guests []string
-	// NIC checks backend and options of a card, in the notation of [NIC.BackendSpec]; nil accepts all.
+	// NIC checks the network of a card, in the notation of [NIC.Spec]; nil accepts all. An [Error] gives code and remedy.
 	NIC func(spec string) error
 	// Restoring is set if the state comes from a file, so that there need be nothing to boot.
 	Restoring bool
@@ -254,26 +254,19 @@ func (c *checker) nics() {
 	for i, n := range c.NICs {
 		key := fmt.Sprintf("nic[%d]", i)
 		c.oneOf(key+".model", n.Model, ModelNIC)
-		c.queue(key, n.QueueSize)
-		if n.Backend == "" {
-			c.fail(BadValue, key+".backend", "use user or tap=NAME", "the backend is missing")
-		} else if c.NIC != nil {
-			if err := c.NIC(n.BackendSpec()); err != nil {
-				c.fail(BadValue, key, "see ftvmm run --help: --nic", "%v", err)
+		if c.NIC != nil {
+			var e *Error
+			if err := c.NIC(n.Spec()); errors.As(err, &e) {
+				c.errs = append(c.errs, &Error{Code: e.Code, Key: key, Message: e.Message, Remedy: e.Remedy})
+			} else if err != nil {
+				c.fail(BadValue, key, "see ftvmm run --help for --nic", "%v", err)
 			}
 		}
-		if n.MAC != "" {
-			mac, err := net.ParseMAC(n.MAC)
-			switch {
-			case err != nil || len(mac) != 6:
-				c.fail(BadValue, key+".mac", "write it as 52:54:00:12:34:56", "%q is no MAC address", n.MAC)
-			case mac[0]&1 != 0 || mac.String() == "00:00:00:00:00:00":
-				c.fail(BadValue, key+".mac", "use one whose first byte is even, such as 52:54:00:12:34:56", "%s is no address of a single card", mac)
-			case macs[mac.String()]:
+		if mac, err := net.ParseMAC(n.MAC); err == nil {
+			if macs[mac.String()] {
 				c.fail(Conflict, key+".mac", "give each card an address of its own", "%s is used twice", mac)
-			default:
-				macs[mac.String()] = true
 			}
+			macs[mac.String()] = true
 		}
 		if n.ROM != "" && n.ROM != ROMNone {
 			c.file(key+".rom", n.ROM, false, ROMNotFound, "apt-get install ipxe-qemu, or use rom=none")
@@ -306,17 +299,17 @@ func (c *checker) ports() {
 
 func (c *checker) bootOrder() {
 	used := map[int]string{}
-	index := func(key string, n *int) {
-		if n == nil {
+	index := func(key string, n int) {
+		if n == 0 {
 			return
 		}
-		if *n < 0 || *n > MaxBootIndex {
-			c.fail(BadValue, key+".bootindex", fmt.Sprintf("use 0 to %d", MaxBootIndex), "%d is no place in the boot order", *n)
+		if n < 0 || n > MaxBootIndex {
+			c.fail(BadValue, key+".bootindex", fmt.Sprintf("use 1 to %d, or 0 for none", MaxBootIndex), "%d is no place in the boot order", n)
 		}
-		if first, twice := used[*n]; twice {
-			c.fail(Conflict, key+".bootindex", "give each device a place of its own", "%s has boot index %d already", first, *n)
+		if first, twice := used[n]; twice {
+			c.fail(Conflict, key+".bootindex", "give each device a place of its own", "%s has boot index %d already", first, n)
 		}
-		used[*n] = key
+		used[n] = key
 	}
 	for i, d := range c.Disks {
 		index(fmt.Sprintf("disk[%d]", i), d.BootIndex)

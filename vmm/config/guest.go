@@ -65,39 +65,56 @@ type Disk struct {
 	// Path is the image: a raw file or a block device.
 	Path string `toml:"path" json:"path"`
 	// Size, if not 0, creates an image that does not exist, with that many bytes.
-	Size     Size `toml:"size,omitempty" json:"size,omitempty"`
+	Size     Size `toml:"size,omitzero" json:"size,omitzero"`
 	ReadOnly bool `toml:"readonly" json:"readonly"`
 	// Direct says whether the host's page cache is passed by: "auto", "on" or "off".
 	Direct string `toml:"direct" json:"direct"`
 	// Model is the device that the guest sees: "virtio-blk".
 	Model string `toml:"model" json:"model"`
-	// Legacy offers the device to drivers from before virtio 1.0.
-	Legacy bool `toml:"legacy" json:"legacy"`
+	// Legacy also offers the interface from before virtio 1.0, for old drivers; default true.
+	Legacy *bool `toml:"legacy" json:"legacy"`
 	// QueueSize is the entries of a virtqueue, a power of two; Queues is how many queues.
 	QueueSize int `toml:"queue_size" json:"queue_size"`
 	Queues    int `toml:"queues" json:"queues"`
 	// ID is the serial number that the guest reads, at most [MaxID] bytes.
 	ID string `toml:"id,omitempty" json:"id,omitempty"`
-	// BootIndex orders what the firmware tries to boot from, lowest first; nil: not tried before the others.
-	BootIndex *int `toml:"bootindex,omitempty" json:"bootindex,omitempty"`
+	// BootIndex orders what the firmware tries to boot from, from 1; 0: not a boot device.
+	BootIndex int `toml:"bootindex,omitzero" json:"bootindex,omitzero"`
 }
 
-// NIC is one network card.
+// NIC is one network card and its network. The settings of the network are those of package
+// mirror/nic under the same names, which also defines their defaults and what they can be: here they
+// are carried as they were written, to [NIC.Spec].
 type NIC struct {
-	// Backend is the network and its main argument: "user", "tap=tap0".
-	Backend string `toml:"backend" json:"backend"`
-	// Options are the backend's own settings, as in "hostfwd=tcp:127.0.0.1:8080-:80".
-	Options []string `toml:"options,omitempty" json:"options,omitempty"`
-	// MAC is the card's address; empty: derived from the guest's name and the card's number.
-	MAC string `toml:"mac,omitempty" json:"mac,omitempty"`
 	// ROM is the option ROM from which SeaBIOS boots over the network: a path, or "none". Empty: the
-	// host's iPXE if it is installed.
-	ROM       string `toml:"rom,omitempty" json:"rom,omitempty"`
-	Model     string `toml:"model" json:"model"`
-	Legacy    bool   `toml:"legacy" json:"legacy"`
-	QueueSize int    `toml:"queue_size" json:"queue_size"`
-	ID        string `toml:"id,omitempty" json:"id,omitempty"`
-	BootIndex *int   `toml:"bootindex,omitempty" json:"bootindex,omitempty"`
+	// host's iPXE if it is installed and the card has a boot index.
+	ROM string `toml:"rom,omitempty" json:"rom,omitempty"`
+	// Model is the device that the guest sees: "virtio-net".
+	Model  string `toml:"model" json:"model"`
+	Legacy *bool  `toml:"legacy" json:"legacy"` // as for a disk
+	// BootIndex orders what the firmware tries to boot from, from 1; 0: not a boot device.
+	BootIndex int `toml:"bootindex,omitzero" json:"bootindex,omitzero"`
+
+	Kind string `toml:"kind" json:"kind"` // "user" or "tap"
+	MAC  string `toml:"mac,omitempty" json:"mac,omitempty"`
+	MTU  int    `toml:"mtu,omitzero" json:"mtu,omitzero"`
+
+	Tap    string `toml:"tap,omitempty" json:"tap,omitempty"`
+	Bridge string `toml:"bridge,omitempty" json:"bridge,omitempty"`
+	Netns  string `toml:"netns,omitempty" json:"netns,omitempty"`
+	Create *bool  `toml:"create,omitempty" json:"create,omitempty"`
+	Vnet   *bool  `toml:"vnet,omitempty" json:"vnet,omitempty"`
+
+	Net          string   `toml:"net,omitempty" json:"net,omitempty"`
+	HostForwards []string `toml:"hostfwd,omitempty" json:"hostfwd,omitempty"`
+	TFTP         string   `toml:"tftp,omitempty" json:"tftp,omitempty"`
+	BootFile     string   `toml:"bootfile,omitempty" json:"bootfile,omitempty"`
+	NextServer   string   `toml:"next_server,omitempty" json:"next_server,omitempty"`
+	Hostname     string   `toml:"hostname,omitempty" json:"hostname,omitempty"`
+	Domain       string   `toml:"domain,omitempty" json:"domain,omitempty"`
+	Resolvers    []string `toml:"resolver,omitempty" json:"resolver,omitempty"`
+	Restrict     bool     `toml:"restrict,omitempty" json:"restrict,omitempty"`
+	HostLoopback *bool    `toml:"host_loopback,omitempty" json:"host_loopback,omitempty"`
 }
 
 // Serial is one serial port, COM1 first.
@@ -140,6 +157,7 @@ func Default() *Guest {
 
 // fill gives the entries of lists the defaults of their fields, and resolves "auto".
 func (g *Guest) fill() {
+	yes := true
 	if g.Firmware == FirmwareAuto {
 		g.Firmware = FirmwareSeaBIOS
 		if g.Kernel != "" || g.Embedded != "" {
@@ -152,11 +170,15 @@ func (g *Guest) fill() {
 		d.Model = orDefault(d.Model, ModelDisk)
 		d.QueueSize = orDefault(d.QueueSize, defaultQueueSize)
 		d.Queues = orDefault(d.Queues, 1)
+		d.Legacy = orDefault(d.Legacy, &yes)
 	}
 	for i := range g.NICs {
 		n := &g.NICs[i]
 		n.Model = orDefault(n.Model, ModelNIC)
-		n.QueueSize = orDefault(n.QueueSize, defaultQueueSize)
+		n.Legacy = orDefault(n.Legacy, &yes)
+		if n.Kind == "" && n.Tap != "" {
+			n.Kind = "tap"
+		}
 	}
 	if g.Control == "" && g.Name != "" {
 		g.Control = ControlPath(g.Name)
@@ -173,14 +195,13 @@ func orDefault[T comparable](v, def T) T {
 
 // ROMPath returns the option ROM to give to the card, or "" for none.
 func (n NIC) ROMPath() string {
-	switch n.ROM {
-	case "":
-		if usable(DefaultROM, false) == nil {
-			return DefaultROM
-		}
+	switch {
+	case n.ROM == ROMNone, n.ROM == "" && n.BootIndex == 0:
 		return ""
-	case ROMNone:
-		return ""
+	case n.ROM != "":
+		return n.ROM
+	case usable(DefaultROM, false) == nil:
+		return DefaultROM
 	}
-	return n.ROM
+	return ""
 }

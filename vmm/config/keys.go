@@ -44,7 +44,7 @@ var keys = []Key{
 	text("append", "the kernel's command `line`", func(g *Guest) *string { return &g.Append }),
 	list("disk", "add a `disk`: path=FILE[,readonly][,id=…][,bootindex=…][,size=…][,direct=auto|on|off][,queues=…][,queue_size=…][,legacy]",
 		ParseDisk, func(g *Guest) *[]Disk { return &g.Disks }),
-	list("nic", "add a network `card`: user[,hostfwd=tcp:ADDR:PORT-:PORT] or tap=NAME[,…][,mac=…][,rom=FILE|none][,bootindex=…]",
+	list("nic", "add a network `card`: user[,hostfwd=tcp:ADDR:PORT-:PORT][,tftp=DIR] or tap=NAME[,bridge=…], [,mac=…][,mtu=…][,rom=FILE|none][,bootindex=…]",
 		ParseNIC, func(g *Guest) *[]NIC { return &g.NICs }),
 	list("serial", "connect the next serial `port`: stdio, file:PATH, unix:PATH, pty or none",
 		ParseSerial, func(g *Guest) *[]Serial { return &g.Serials }),
@@ -103,6 +103,10 @@ func keysBelow(path string) []string {
 		}
 		t = f.Type.Elem()
 	}
+	return keysOf(t)
+}
+
+func keysOf(t reflect.Type) []string {
 	var names []string
 	for i := range t.NumField() {
 		names = append(names, fileKey(t.Field(i)))

@@ -391,6 +391,7 @@ func (g *Guest) resolve(dir string, present []string) {
 				if g.NICs[i].ROM != ROMNone {
 					rel(&g.NICs[i].ROM)
 				}
+				rel(&g.NICs[i].TFTP)
 			}
 		case "serial":
 			for i := range g.Serials {

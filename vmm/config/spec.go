@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -57,41 +58,6 @@ func splitSpec(spec string) ([]item, error) {
 	return items, nil
 }
 
-// joinSpec is the inverse of splitSpec.
-func joinSpec(items []string) string {
-	quoted := make([]string, len(items))
-	for i, it := range items {
-		quoted[i] = strings.ReplaceAll(it, ",", ",,")
-	}
-	return strings.Join(quoted, ",")
-}
-
-func (it item) boolean() (bool, error) {
-	if it.bare {
-		return true, nil
-	}
-	v, err := parseBool(it.value)
-	if err != nil {
-		return false, fmt.Errorf("%s: %w", it.key, err)
-	}
-	return v, nil
-}
-
-func (it item) number() (int, error) {
-	v, err := parseInt(it.value)
-	if err != nil {
-		return 0, fmt.Errorf("%s: %w", it.key, err)
-	}
-	return v, nil
-}
-
-func (it item) text() (string, error) {
-	if it.bare || it.value == "" {
-		return "", fmt.Errorf("%s: a value is missing, as in %s=…", it.key, it.key)
-	}
-	return it.value, nil
-}
-
 func parseBool(s string) (bool, error) {
 	switch s {
 	case "true", "on", "yes", "1":
@@ -110,129 +76,135 @@ func parseInt(s string) (int, error) {
 	return int(n), nil
 }
 
-var diskKeys = []string{"path", "size", "readonly", "direct", "model", "legacy", "queue_size", "queues", "id", "bootindex"}
+// assign sets the fields of the struct at v, by their keys in files, as items say.
+func assign(v reflect.Value, items []item) error {
+	seen := map[string]bool{}
+	for _, it := range items {
+		f, ok := fieldOf(v.Type(), it.key)
+		if !ok {
+			known := keysOf(v.Type())
+			if near := Nearest(it.key, known); near != "" {
+				return fmt.Errorf("there is no %q here; did you mean %q?", it.key, near)
+			}
+			return fmt.Errorf("there is no %q here; there are %s", it.key, strings.Join(known, ", "))
+		}
+		field := v.FieldByIndex(f.Index)
+		if seen[it.key] && field.Kind() != reflect.Slice {
+			return fmt.Errorf("%s is given twice", it.key)
+		}
+		seen[it.key] = true
+		if err := assignField(field, it); err != nil {
+			return fmt.Errorf("%s: %w", it.key, err)
+		}
+	}
+	return nil
+}
+
+func assignField(field reflect.Value, it item) error {
+	switch p := field.Addr().Interface().(type) {
+	case *bool:
+		return it.boolean(p)
+	case **bool:
+		*p = new(bool)
+		return it.boolean(*p)
+	}
+	if it.bare || it.value == "" {
+		return fmt.Errorf("a value is missing, as in %s=…", it.key)
+	}
+	var err error
+	switch p := field.Addr().Interface().(type) {
+	case *string:
+		*p = it.value
+	case *[]string:
+		*p = append(*p, it.value)
+	case *int:
+		*p, err = parseInt(it.value)
+	case *Size:
+		*p, err = ParseSize(it.value)
+	default:
+		err = fmt.Errorf("cannot be written here")
+	}
+	return err
+}
+
+func (it item) boolean(p *bool) (err error) {
+	if *p = true; !it.bare {
+		*p, err = parseBool(it.value)
+	}
+	return err
+}
 
 // ParseDisk parses the description of a disk: "path=root.img,readonly,id=root"; the path's key
-// may be left out if it comes first.
+// may be left out if it comes first, and a bare "direct" is direct=on.
 func ParseDisk(spec string) (Disk, error) {
 	var d Disk
 	items, err := splitSpec(spec)
 	if err != nil {
 		return d, err
 	}
-	if first := &items[0]; first.bare && !slices.Contains(diskKeys, first.key) {
-		*first = item{key: "path", value: first.key}
-	}
-	seen := map[string]bool{}
-	for _, it := range items {
-		if seen[it.key] {
-			return d, fmt.Errorf("%s is given twice", it.key)
-		}
-		seen[it.key] = true
-		switch it.key {
-		case "path":
-			d.Path, err = it.text()
-		case "size":
-			d.Size, err = ParseSize(it.value)
-		case "readonly":
-			d.ReadOnly, err = it.boolean()
-		case "direct":
-			if d.Direct = it.value; it.bare {
-				d.Direct = DirectOn
-			}
-		case "model":
-			d.Model, err = it.text()
-		case "legacy":
-			d.Legacy, err = it.boolean()
-		case "queue_size":
-			d.QueueSize, err = it.number()
-		case "queues":
-			d.Queues, err = it.number()
-		case "id":
-			d.ID, err = it.text()
-		case "bootindex":
-			d.BootIndex, err = it.index()
-		default:
-			err = unknownItem(it.key, diskKeys)
-		}
-		if err != nil {
-			return d, err
+	for i := range items {
+		it := &items[i]
+		if _, isKey := fieldOf(reflect.TypeFor[Disk](), it.key); it.bare && i == 0 && !isKey {
+			*it = item{key: "path", value: it.key}
+		} else if it.bare && it.key == "direct" {
+			*it = item{key: "direct", value: DirectOn}
 		}
 	}
-	return d, nil
+	return d, assign(reflect.ValueOf(&d).Elem(), items)
 }
 
-func (it item) index() (*int, error) {
-	n, err := it.number()
-	if err != nil {
-		return nil, err
-	}
-	return &n, nil
-}
+// cardKeys are the keys of a NIC that belong to the card, not to its network.
+var cardKeys = []string{"rom", "model", "legacy", "bootindex", "kind"}
 
-func unknownItem(key string, known []string) error {
-	if near := Nearest(key, known); near != "" {
-		return fmt.Errorf("there is no %q here; did you mean %q?", key, near)
-	}
-	return fmt.Errorf("there is no %q here; there are %s", key, strings.Join(known, ", "))
-}
-
-var nicKeys = []string{"mac", "rom", "model", "legacy", "queue_size", "id", "bootindex"}
-
-// ParseNIC parses the description of a network card: the backend first, then the card's settings and the
-// backend's options in any order: "user,hostfwd=tcp:127.0.0.1:8080-:80,mac=52:54:00:12:34:56".
+// ParseNIC parses the description of a network card: its network first, then settings of the network and
+// of the card in any order: "user,hostfwd=tcp:127.0.0.1:8080-:80,mac=52:54:00:12:34:56" or "tap=tap0,bridge=br0".
 func ParseNIC(spec string) (NIC, error) {
 	var n NIC
 	items, err := splitSpec(spec)
 	if err != nil {
 		return n, err
 	}
-	if slices.Contains(nicKeys, items[0].key) {
-		return n, fmt.Errorf("the backend comes first, as in user,%s", items[0])
+	switch first := &items[0]; {
+	case first.bare:
+		*first = item{key: "kind", value: first.key}
+	case first.key == "tap":
+		n.Kind = "tap"
+	default:
+		return n, fmt.Errorf("the network comes first, as in user,%s", first)
 	}
-	n.Backend = items[0].String()
-	seen := map[string]bool{}
-	for _, it := range items[1:] {
-		if slices.Contains(nicKeys, it.key) {
-			if seen[it.key] {
-				return n, fmt.Errorf("%s is given twice", it.key)
+	return n, assign(reflect.ValueOf(&n).Elem(), items)
+}
+
+// Spec returns the network's settings in the notation of package mirror/nic.
+func (n NIC) Spec() string {
+	first := n.Kind
+	if n.Tap != "" && (n.Kind == "tap" || n.Kind == "") {
+		first = "tap=" + n.Tap
+		n.Tap = ""
+	}
+	parts := []string{first}
+	add := func(key, value string) { parts = append(parts, key+"="+value) }
+	v := reflect.ValueOf(n)
+	for i := range v.NumField() {
+		key := fileKey(v.Type().Field(i))
+		if slices.Contains(cardKeys, key) || v.Field(i).IsZero() {
+			continue
+		}
+		switch value := v.Field(i).Interface().(type) {
+		case []string:
+			for _, s := range value {
+				add(key, s)
 			}
-			seen[it.key] = true
-		}
-		switch it.key {
-		case "mac":
-			n.MAC, err = it.text()
-		case "rom":
-			n.ROM, err = it.text()
-		case "model":
-			n.Model, err = it.text()
-		case "legacy":
-			n.Legacy, err = it.boolean()
-		case "queue_size":
-			n.QueueSize, err = it.number()
-		case "id":
-			n.ID, err = it.text()
-		case "bootindex":
-			n.BootIndex, err = it.index()
+		case *bool:
+			add(key, strconv.FormatBool(*value))
 		default:
-			n.Options = append(n.Options, it.String())
-		}
-		if err != nil {
-			return n, err
+			add(key, fmt.Sprint(value))
 		}
 	}
-	return n, nil
-}
-
-// Kind returns the backend's kind: "user", "tap".
-func (n NIC) Kind() string {
-	kind, _, _ := strings.Cut(n.Backend, "=")
-	return kind
-}
-
-// BackendSpec returns backend and options in the notation of --nic.
-func (n NIC) BackendSpec() string {
-	return joinSpec(append([]string{n.Backend}, n.Options...))
+	for i, p := range parts {
+		parts[i] = strings.ReplaceAll(p, ",", ",,")
+	}
+	return strings.Join(parts, ",")
 }
 
 // ParseSerial parses the description of a serial port.
