@@ -97,13 +97,13 @@ func (c *Counter) out(t uint64) bool {
 	c.fold(t)
 	e, n := c.elapsed(t), uint64(c.Count)
 	running := c.Armed && (c.stopped() || t >= c.Start)
+	if c.Armed && t < c.Start && (c.Mode == 1 || c.Mode >= 4) {
+		return !c.LowFirst // a new count begins within the pulse of the last
+	}
 	switch c.Mode {
 	case 0:
 		return running && e >= n
 	case 1:
-		if c.Armed && !running {
-			return !c.LowFirst // triggered again within a pulse
-		}
 		return !running || e >= n
 	case 2:
 		return !running || !c.Gate || n == 1 || e%n != n-1
@@ -144,6 +144,8 @@ func (c *Counter) rise(t uint64) uint64 {
 			at += ((t-at)/n + 1) * n
 		}
 		return at
+	case c.Mode >= 4 && c.LowFirst && t < c.Start:
+		at = c.Start // the last strobe ends
 	case c.Mode >= 4:
 		at++ // the strobe ends
 	}
@@ -217,15 +219,14 @@ func (c *Counter) write(t uint64, v uint8) {
 func (c *Counter) load(t uint64, v uint16) {
 	n := c.decode(v)
 	switch {
-	case c.triggered():
-		c.Next = n
-	case c.periodic() && c.Armed && c.stopped():
-		c.Next = n // for the gate
-	case c.periodic() && c.Armed && t >= c.Start:
-		c.Next, c.NextAt = n, c.boundary(t)
-	case c.periodic() && c.Armed:
+	case (c.periodic() || c.triggered()) && c.Armed && t < c.Start:
 		c.Count = n // replaces one that was not loaded yet
+	case c.triggered() || c.periodic() && c.Armed && c.stopped():
+		c.Next = n // for the gate
+	case c.periodic() && c.Armed:
+		c.Next, c.NextAt = n, c.boundary(t)
 	default:
+		c.LowFirst = c.Mode == 4 && !c.out(t)
 		c.Armed, c.Count, c.Start, c.Held = true, n, t+1, 0
 	}
 }
@@ -249,7 +250,7 @@ func (c *Counter) setGate(t uint64, level bool) {
 			c.Count, c.Next = c.Next, 0
 		}
 		if c.Count != 0 {
-			c.LowFirst = c.Mode == 1 && wasLow
+			c.LowFirst = c.triggered() && wasLow
 			c.Armed, c.Start, c.Held = true, t+1, 0
 		}
 	case c.Armed:

@@ -101,7 +101,7 @@ type Counter struct {
 
 	Count    uint32 // initial count of this cycle, 1 to 65536
 	Start    uint64 // tick at which it was loaded, which may be the coming one
-	LowFirst bool   // mode 3: the cycle's low half is first; mode 1: the output was low before Start
+	LowFirst bool   // mode 3: the cycle's low half is first; 1, 4, 5: the output was low before Start
 	Held     uint64 // ticks since Start at which a low gate stopped the count
 
 	Next   uint32 // count that was written and is not in use yet; 0 is none
