@@ -176,7 +176,6 @@ func New(clock *devices.Clock, irq8 devices.Line, cfg Config) *Device {
 	d.timer = clock.NewTimer("rtc.irq8", d.event)
 	d.s.CMOS[regA], d.s.CMOS[regB] = aPowerOn, bPowerOn
 	d.s.Base = cfg.Epoch + cfg.UTCOffset
-	d.s.Weekday = 0
 	d.Reset()
 	return d
 }
@@ -332,7 +331,7 @@ func (d *Device) control(reg, v uint8) {
 	}
 	d.s.CMOS[reg] = v
 	if d.dividing() && !chained {
-		d.s.Divider = d.clock.Now() - restartLead
+		d.s.Divider = d.now() - restartLead
 	}
 	if d.running() {
 		d.thaw()
