@@ -174,13 +174,13 @@ func TestSavedStateGoesOnElsewhere(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		rx, ry := &recorder{}, &recorder{}
 		x, y := New(rx), New(ry)
-		for _, s := range rapid.SliceOf(drawStep).Draw(t, "before") {
+		for _, s := range rapid.SliceOfN(drawStep, 30, 100).Draw(t, "before") {
 			s.apply(x)
 		}
 		require.NoError(t, y.Restore(x.Save()))
 		require.Empty(t, ry.got, "restoring sends nothing")
 		rx.got = nil
-		for _, s := range rapid.SliceOf(drawStep).Draw(t, "after") {
+		for _, s := range rapid.SliceOfN(drawStep, 30, 100).Draw(t, "after") {
 			require.Equal(t, s.apply(x), s.apply(y))
 		}
 		require.Equal(t, rx.got, ry.got)
@@ -197,7 +197,7 @@ func TestSavedStateGoesOnElsewhere(t *testing.T) {
 func TestLevelsAreNeverLost(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		a := New(&recorder{})
-		for _, s := range rapid.SliceOf(drawStep).Draw(t, "steps") {
+		for _, s := range rapid.SliceOfN(drawStep, 30, 100).Draw(t, "steps") {
 			s.apply(a)
 			for n, e := range a.Save().Redirection {
 				if isLevel(e) && e&masked == 0 && a.Save().Level>>n&1 != 0 {

@@ -526,7 +526,7 @@ func (b *bar) NeedsTime(off uint64, write bool) bool {
 func (f *Function) base(i int) (base uint64, ok bool) {
 	b := &f.bars[i]
 	command := f.Word(RegCommand)
-	need, limit := uint16(CommandMemory), uint64(1)<<32
+	need, limit := uint16(CommandMemory), uint64(1<<32-1)
 	switch {
 	case b.kind == 0:
 		return 0, false
@@ -538,14 +538,14 @@ func (f *Function) base(i int) (base uint64, ok bool) {
 		base, ok = uint64(f.Long(reg)), true
 		switch b.kind {
 		case IO:
-			need, limit = CommandIO, 1<<16
+			need, limit = CommandIO, 1<<16-1
 		case Mem64:
 			base |= uint64(f.Long(reg+4)) << 32
 			limit = 1<<64 - 1
 		}
 	}
-	base &^= b.size - 1
-	return base, ok && command&need != 0 && base != 0 && base < limit && limit-base >= b.size
+	base &^= b.size - 1 // so aligned, a window that begins below the limit ends there, too
+	return base, ok && command&need != 0 && base != 0 && base <= limit
 }
 
 // Reset puts configuration space into its power-on state and releases INTA#. The

@@ -523,7 +523,7 @@ func (x *fixture) apply(o op) (seen []uint64) {
 func TestSavedFunctionGoesOnElsewhere(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		x, y := newFixture(t), newFixture(t)
-		for _, o := range rapid.SliceOf(drawOp).Draw(t, "before") {
+		for _, o := range rapid.SliceOfN(drawOp, 30, 100).Draw(t, "before") {
 			x.apply(o)
 		}
 		require.NoError(t, y.f.Restore(x.f.Save()))
@@ -532,7 +532,7 @@ func TestSavedFunctionGoesOnElsewhere(t *testing.T) {
 		copy(y.mem, x.mem)
 		copy(y.io, x.io)
 		y.line, y.messages = x.line, append(messages(nil), x.messages...)
-		for _, o := range rapid.SliceOf(drawOp).Draw(t, "after") {
+		for _, o := range rapid.SliceOfN(drawOp, 30, 100).Draw(t, "after") {
 			require.Equal(t, x.apply(o), y.apply(o), "%+v", o)
 		}
 		require.Equal(t, x.messages, y.messages)

@@ -177,6 +177,11 @@ func TestPMBlockIsWhereFirmwarePutsIt(t *testing.T) {
 	require.NoError(t, b.c.EnablePM(pm))
 	require.Zero(t, control(pm))
 	require.EqualValues(t, pm|1, b.read(PowerMgmt, 0x40, 4))
+	other := newBoard(t)
+	require.NoError(t, other.c.Restore(b.c.Save()))
+	require.Zero(t, other.ports.Read(pm+PM1Control, 2))
+	b.c.Reset()
+	require.EqualValues(t, 0xffff, control(pm))
 	require.Error(t, b.c.EnablePM(0x610))
 	require.Error(t, b.c.EnablePM(0))
 }
@@ -287,7 +292,7 @@ type step struct {
 
 var drawStep = rapid.Custom(func(t *rapid.T) step {
 	return step{
-		Kind: rapid.IntRange(0, 7).Draw(t, "kind"),
+		Kind: rapid.IntRange(0, 8).Draw(t, "kind"),
 		Size: 1 << rapid.IntRange(0, 2).Draw(t, "size"),
 		At:   rapid.Uint64Range(0, 0xffff).Draw(t, "at"),
 		V:    rapid.OneOf(rapid.Uint64(), rapid.SampledFrom([]uint64{0xf0, 0xf1, 0x601, 1, 5, 10, 0x80})).Draw(t, "value"),
@@ -317,6 +322,8 @@ func (s step) apply(b *board) (seen uint64) {
 		b.clock.Advance(b.clock.Now() + int64(s.V&(1<<40-1)))
 	case 6:
 		b.c.PressPowerButton()
+	case 8:
+		_ = b.c.EnablePM(pm)
 	case 7:
 		b.ports.Write(s.At, s.Size, s.V)
 		seen = b.ports.Read(s.At+s.V&3, s.Size)
@@ -327,7 +334,7 @@ func (s step) apply(b *board) (seen uint64) {
 func TestSavedStateGoesOnElsewhere(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		x, y := newBoard(t), newBoard(t)
-		for _, s := range rapid.SliceOf(drawStep).Draw(t, "before") {
+		for _, s := range rapid.SliceOfN(drawStep, 30, 100).Draw(t, "before") {
 			s.apply(x)
 		}
 		require.NoError(t, y.clock.Restore(x.clock.Save()))
@@ -336,7 +343,7 @@ func TestSavedStateGoesOnElsewhere(t *testing.T) {
 		require.NoError(t, y.c.Restore(x.c.Save()))
 		require.Empty(t, y.highs(), "restoring drives nothing")
 		y.level, y.resets, y.slept = x.level, x.resets, append([]uint8(nil), x.slept...)
-		for _, s := range rapid.SliceOf(drawStep).Draw(t, "after") {
+		for _, s := range rapid.SliceOfN(drawStep, 30, 100).Draw(t, "after") {
 			require.Equal(t, s.apply(x), s.apply(y), "%+v", s)
 			require.Equal(t, x.highs(), y.highs())
 		}
@@ -380,7 +387,7 @@ func FuzzAccess(f *testing.F) {
 		b := newBoard(t)
 		for ; len(data) >= 8; data = data[8:] {
 			v := uint64(data[4]) | uint64(data[5])<<8 | uint64(data[6])<<16 | uint64(data[7])<<24
-			step{int(data[0] % 8), 1 << (data[1] % 3), uint64(data[2]) | uint64(data[3])<<8, v}.apply(b)
+			step{int(data[0] % 9), 1 << (data[1] % 3), uint64(data[2]) | uint64(data[3])<<8, v}.apply(b)
 		}
 		require.NoError(t, newBoard(t).c.Restore(b.c.Save()))
 	})
