@@ -16,7 +16,7 @@
 //     them and answers with a spurious IRQ 7; but here the timer's output may have
 //     risen and fallen between two stops of the vCPU, and its tick would be lost.
 //   - Trigger modes come from the ELCR; ICW1.LTIM is ignored, as in the PIIX
-//     (82371SB data sheet, 2.5.4.1). ICW3 is ignored: the cascade is soldered.
+//     (82371SB data sheet, ICW1). ICW3 is ignored: the cascade is soldered.
 //   - The 8080 mode (ICW4.uPM = 0) is not there; the vector is always the 8086's.
 package pic
 
@@ -87,7 +87,7 @@ const (
 )
 
 // The ELCR's writable bits: IRQ 0, 1, 2, 8 and 13 are always edge-triggered
-// (82371SB data sheet, 2.5.4.8).
+// (82371SB data sheet, ELCR1 and ELCR2).
 const (
 	elcrMaster = 0xf8
 	elcrSlave  = 0xde

@@ -423,3 +423,14 @@ func FuzzPair(f *testing.F) {
 	f.Add([]byte{0, 0, 0x11, 0, 4, 0x40, 7, 0, 0, 0, 4, 4, 0, 4, 3, 3, 3, 1, 5, 0, 0})
 	f.Fuzz(func(t *testing.T, script []byte) { exercise(t, script) })
 }
+
+func TestInterruptPathDoesNotAllocate(t *testing.T) {
+	r := pc(0x01)
+	require.Zero(t, testing.AllocsPerRun(1000, func() {
+		r.line[12].Set(true)
+		r.line[12].Set(false)
+		r.p.Acknowledge()
+		r.handler[1].Write(0, 1, eoi)
+		r.handler[0].Write(0, 1, eoi)
+	}))
+}

@@ -16,7 +16,7 @@
 //
 // The behaviour of the modes is that of the Intel 8254 data sheet (order 231164),
 // "Mode Definitions"; counts change one tick after the write, as there. Port 0x61 is
-// the NMI status and control register of the 82371SB (PIIX3) data sheet, 2.5.5.1.
+// the NMI status and control register (NMISC) of the 82371SB (PIIX3) data sheet.
 package pit
 
 import (

@@ -388,3 +388,14 @@ func FuzzDevice(f *testing.F) {
 	f.Add([]byte{0, 3, 0x36, 0, 0, 0, 1, 0, 0, 0, 0, 0, 2, 15, 255, 255, 0, 0, 2, 0, 0, 0, 0, 0, 3, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, script []byte) { exercise(t, script) })
 }
+
+func TestRegisterAccessDoesNotAllocate(t *testing.T) {
+	r := newRig()
+	require.Zero(t, testing.AllocsPerRun(1000, func() {
+		r.dev.Write(portControl, 1, 0x34)
+		r.dev.Write(0, 1, 1)
+		r.dev.Write(0, 1, 1)
+		r.dev.Write(portControl, 1, 0)
+		r.dev.Read(0, 1)
+	}))
+}

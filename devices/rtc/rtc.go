@@ -14,7 +14,7 @@
 // Reference: Motorola MC146818 data sheet. An update here takes no time: the bit that
 // announces it (UIP) is set for the 244 us before, in which a reader must not begin,
 // and the time changes as it clears. The daylight saving bit is kept and has no effect,
-// as on the PIIX (82371SB data sheet, 2.5.6).
+// as on the PIIX.
 package rtc
 
 import (

@@ -477,3 +477,13 @@ func FuzzDevice(f *testing.F) {
 	f.Add([]byte{0, regA, 0x70, 0, 2, 20, 9, 9, 0, regA, 0x2f, 0, 0, 1, 0xff, 0, 0, 3, 0xc0, 0, 0, regB, 0x20, 0, 3, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, script []byte) { exercise(t, script) })
 }
+
+func TestRegisterAccessDoesNotAllocate(t *testing.T) {
+	r := newRig(Config{Epoch: epoch})
+	require.Zero(t, testing.AllocsPerRun(1000, func() {
+		r.clock.Advance(r.clock.Now() + second)
+		r.set(regSeconds, 1)
+		r.get(regHours)
+		r.get(regC)
+	}))
+}
