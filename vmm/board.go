@@ -141,6 +141,11 @@ func (m *Machine) board() error {
 			return err
 		}
 	}
+	if len(m.cfg.Firmware) > 0 {
+		if err := firmware.Configure(m.fwcfg, m.description()); err != nil {
+			return err
+		}
+	}
 	m.ports.SetResolver(m.pci.IO())
 	m.mmio.SetResolver(m.pci.Memory())
 	if err := errors.Join(
@@ -289,7 +294,7 @@ func (m *Machine) powerOn() error {
 	return m.setCPU(&s)
 }
 
-// loadFirmware places the firmware image and fills fw_cfg.
+// loadFirmware places the firmware image.
 func (m *Machine) loadFirmware() (boot.Entry, error) {
 	if err := firmware.LoadImage(m.mem, m.cfg.Firmware); err != nil {
 		return boot.Entry{}, err
@@ -310,7 +315,7 @@ func (m *Machine) loadKernel() (boot.Entry, error) {
 	m.apic.Write(lapicSVR, 4, svrEnabled)
 	m.apic.Write(lapicLINT0, 4, lvtExtINT)
 	m.apic.Write(lapicLINT1, 4, lvtNMI)
-	rsdp, err := m.tables()
+	rsdp, err := firmware.Install(m.mem, m.description())
 	if err != nil {
 		return boot.Entry{}, err
 	}

@@ -79,6 +79,8 @@ type InputSource interface {
 	Anywhere() bool
 	// EveryStop says whether Take must be called at every synchronous exit, bell or not.
 	EveryStop() bool
+	// SetTime sets virtual time before the first entry: the guest was restored.
+	SetTime(t int64)
 	// Pause stops virtual time and Resume lets it go on, without a jump.
 	Pause()
 	Resume()

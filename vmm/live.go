@@ -31,6 +31,8 @@ const (
 	MaxQueuedConsole = 64 << 10
 	// MaxEntropy bounds one request for random bytes.
 	MaxEntropy = 64 << 10
+	// maxConsoleInput is the most bytes of one InputConsole.
+	maxConsoleInput = 1 << 10
 )
 
 // Live connects a guest to the present: it is the input source and output sink of a guest
@@ -49,6 +51,12 @@ type Live struct {
 	paused bool
 	last   int64 // the last sample: time never goes back
 
+	// frameRoom and consoleRoom tell how many frames or bytes a device can take; what it
+	// cannot stays in the queue.
+	frameRoom   func(nic int) int
+	consoleRoom func(console int) int
+	leftover    bool // Take left something: ask again at every exit
+
 	timer    int // a timerfd on CLOCK_MONOTONIC
 	armed    int64
 	timerDue atomic.Bool
@@ -56,9 +64,11 @@ type Live struct {
 	mu     sync.Mutex
 	room   sync.Cond // signalled when the queue shrinks or the source closes
 	queue  []Input
-	spare  []Input
 	frames []int // queued frames of each NIC
 	bytes  []int // queued bytes of each console
+	// What each device still has room for within one Take.
+	frameLeft, consoleLeft []int
+
 	closed bool
 	wg     sync.WaitGroup
 }
@@ -83,6 +93,7 @@ func NewLive(disks []backend.Disk, nics []backend.NIC, consoles []Console) (*Liv
 	l := &Live{
 		disks: disks, nics: nics, cons: consoles, timer: fd, armed: devices.Never, paused: true,
 		frames: make([]int, len(nics)), bytes: make([]int, len(consoles)), log: slog.Default(),
+		frameLeft: make([]int, len(nics)), consoleLeft: make([]int, len(consoles)),
 	}
 	l.room.L = &l.mu
 	return l, nil
@@ -178,8 +189,9 @@ func (l *Live) SetTime(t int64) {
 // Anywhere reports true: nobody replays this guest.
 func (l *Live) Anywhere() bool { return true }
 
-// EveryStop reports false: the bell tells.
-func (l *Live) EveryStop() bool { return false }
+// EveryStop reports whether something waits for room in a device, which the guest makes
+// at an exit; else the bell tells.
+func (l *Live) EveryStop() bool { return l.leftover }
 
 // Arm sets the host's timer for the guest's next deadline. Moving a deadline back is
 // common and costs nothing here: the timer then expires early and is set again.
@@ -204,21 +216,55 @@ func (l *Live) Take(_ Position, next int64, buf []Input) []Input {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for i := range l.queue {
-		switch in := &l.queue[i]; in.Kind {
+	if len(l.queue) == 0 {
+		return buf
+	}
+	took, kept := len(buf), l.queue[:0]
+	for i := range l.frameLeft {
+		l.frameLeft[i] = -1 // not asked
+	}
+	for i := range l.consoleLeft {
+		l.consoleLeft[i] = -1
+	}
+	for _, in := range l.queue {
+		ok := true
+		switch in.Kind {
 		case InputFrame:
-			l.frames[in.Device]--
+			if ok = fits(&l.frameLeft[in.Device], 1, int(in.Device), l.frameRoom); ok {
+				l.frames[in.Device]--
+			}
 		case InputConsole:
-			l.bytes[in.Device] -= len(in.Data)
+			if ok = fits(&l.consoleLeft[in.Device], len(in.Data), int(in.Device), l.consoleRoom); ok {
+				l.bytes[in.Device] -= len(in.Data)
+			}
+		}
+		if ok {
+			buf = append(buf, in)
+		} else {
+			kept = append(kept, in)
 		}
 	}
-	if len(l.queue) > 0 {
-		buf = append(buf, l.queue...)
-		clear(l.queue)
-		l.queue = l.queue[:0]
+	clear(l.queue[len(kept):])
+	l.queue = kept
+	l.leftover = len(kept) > 0
+	if len(buf) > took {
 		l.room.Broadcast()
 	}
 	return buf
+}
+
+// fits takes n from what a device has room for, asking it the first time. After one
+// refusal nothing fits, so that a device's inputs stay in order.
+func fits(left *int, n, device int, room func(int) int) bool {
+	if *left < 0 {
+		*left = room(device)
+	}
+	if n > *left {
+		*left = 0
+		return false
+	}
+	*left -= n
+	return true
 }
 
 // Applied returns frame buffers to their pool.
@@ -267,7 +313,7 @@ func (l *Live) postConsole(c int, p []byte) {
 			l.mu.Unlock()
 			return
 		}
-		n := min(len(p), MaxQueuedConsole-l.bytes[c])
+		n := min(len(p), MaxQueuedConsole-l.bytes[c], maxConsoleInput)
 		l.bytes[c] += n
 		l.queue = append(l.queue, Input{Kind: InputConsole, Device: uint16(c), Data: append([]byte(nil), p[:n]...)})
 		l.mu.Unlock()

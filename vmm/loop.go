@@ -148,7 +148,7 @@ func (m *Machine) left(errno unix.Errno) error {
 	}
 	m.pos = Position{Exit: m.pos.Exit + 1}
 	m.stats.Exits++
-	if m.inputsRung || m.everyStop || m.bell.Rung() {
+	if m.inputsRung || m.bell.Rung() || m.source.EveryStop() {
 		if m.bell.answer() {
 			// Commands wait until the exit is complete.
 			m.commandsRung = true

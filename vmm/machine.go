@@ -145,11 +145,9 @@ type Machine struct {
 	stats        Stats
 	powerOnCPU   *CPUState // the vCPU as KVM creates it
 
-	source    InputSource
-	sink      OutputSink
-	live      *Live // the source and sink, when New made them
-	everyStop bool
-
+	source  InputSource
+	sink    OutputSink
+	live    *Live // the source and sink, when New made them
 	bell    Bell
 	queue   chan command
 	started atomic.Bool
@@ -230,6 +228,7 @@ func (m *Machine) build() error {
 	if err := m.board(); err != nil {
 		return err
 	}
+	m.source.Attach(&m.bell)
 	return m.powerOn()
 }
 
@@ -254,11 +253,22 @@ func (m *Machine) connect() error {
 		if err != nil {
 			return err
 		}
+		live.frameRoom = func(nic int) int { return m.nics[nic].Room() }
+		live.consoleRoom = m.consoleRoom
 		m.live, m.source, m.sink = live, live, live
 	}
-	m.source.Attach(&m.bell)
-	m.everyStop = m.source.EveryStop()
 	return nil
+}
+
+// consoleRoom returns how many bytes a console's device can take now.
+func (m *Machine) consoleRoom(i int) int {
+	switch {
+	case i < len(m.uarts):
+		return m.uarts[i].Room()
+	case m.vcon != nil:
+		return m.vcon.Room()
+	}
+	return 0
 }
 
 // Close frees the machine. It must not be running; backends are closed by their owner afterwards.

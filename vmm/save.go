@@ -366,17 +366,18 @@ func (m *Machine) ReadState(f io.ReadSeeker) error {
 	if err := m.readBody(bufio.NewReaderSize(z, 1<<20)); err != nil {
 		return err
 	}
-	if m.live != nil {
-		m.live.SetTime(m.clock.Now())
-	}
+	m.source.SetTime(m.clock.Now())
 	for _, d := range m.disks {
 		d.Reissue()
 	}
 	for _, n := range m.nics {
-		n.Reoffload()
+		n.Reissue()
 	}
 	if m.entropy != nil {
 		m.entropy.Reissue()
+	}
+	if m.vcon != nil {
+		m.vcon.Reissue()
 	}
 	return nil
 }
