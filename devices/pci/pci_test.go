@@ -144,6 +144,13 @@ func TestDecodingFollowsCommandAndBARs(t *testing.T) {
 	x.write(0x20, 4, 0xffffc000)
 	require.NotPanics(t, func() { x.memory.Read(0xffffffff_fffffff8, 8) })
 	x.bus.Memory().Resolve(0)
+	x.f.SetLong(0x20, 0xe000000c)
+	x.f.SetLong(0x24, 0x12)
+	placed := x.f.Save()
+	x.f.Reset()
+	require.EqualValues(t, 0xff, x.memory.Read(mem+8, 1), "reset")
+	require.NoError(t, x.f.Restore(placed))
+	require.EqualValues(t, 0xab, x.memory.Read(mem+8, 1), "restored")
 	require.Zero(t, testing.AllocsPerRun(100, func() {
 		x.f.moved()
 		x.bus.Memory().Resolve(mem)
@@ -525,6 +532,9 @@ func TestSavedFunctionGoesOnElsewhere(t *testing.T) {
 		x, y := newFixture(t), newFixture(t)
 		for _, o := range rapid.SliceOfN(drawOp, 30, 100).Draw(t, "before") {
 			x.apply(o)
+		}
+		for _, o := range rapid.SliceOf(drawOp).Draw(t, "elsewhere before") {
+			y.apply(o)
 		}
 		require.NoError(t, y.f.Restore(x.f.Save()))
 		require.NoError(t, y.msix.Restore(x.msix.Save()))
