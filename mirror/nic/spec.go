@@ -1,6 +1,7 @@
 package nic
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -244,9 +245,13 @@ func ParseNIC(text string) (Spec, error) {
 	return s, nil
 }
 
+// specError gives an error of the description its reason and remedy, unless it has its own.
 func specError(err error) error {
-	return &mirror.Error{Reason: "nic-spec", Remedy: "Write for example: user,hostfwd=tcp:127.0.0.1:5555-:22 or tap=tap0,bridge=br0.",
-		Err: fmt.Errorf("network card: %w", err)}
+	err = fmt.Errorf("network card: %w", err)
+	if inner := (*mirror.Error)(nil); errors.As(err, &inner) {
+		return &mirror.Error{Reason: inner.Reason, Remedy: inner.Remedy, Err: err}
+	}
+	return &mirror.Error{Reason: "nic-spec", Remedy: "Write for example: user,hostfwd=tcp:127.0.0.1:5555-:22 or tap=tap0,bridge=br0.", Err: err}
 }
 
 // lookup finds the field for a key in a network of the given kind.
