@@ -252,7 +252,8 @@ func (p entropyPort) Entropy(tag uint64, n int) { p.m.sink.Entropy(tag, n) }
 // processor is what the local APIC does to the vCPU.
 type processor Machine
 
-func (p *processor) INIT(uint32)           {} // the one vCPU cannot be sent away
+// INIT of the processor that booted begins anew at the reset vector (SDM vol. 3, 9.4.2).
+func (p *processor) INIT(uint32)           { p.resetWanted = true }
 func (p *processor) StartUp(uint32, uint8) {}
 func (p *processor) NMI(uint32)            { p.nmi = true }
 func (p *processor) EOI(vector uint8)      { p.ioapic.EOI(vector) }

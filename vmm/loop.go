@@ -76,6 +76,11 @@ func (m *Machine) loop() error {
 				return err
 			}
 		}
+		if m.halted {
+			if err := m.waitHalted(); err != nil || m.exit != nil {
+				return err
+			}
+		}
 		again, err := m.deliver()
 		if err != nil {
 			return err
@@ -250,7 +255,7 @@ func (m *Machine) handle() error {
 	case kvm.ExitHLT:
 		m.incomplete = false
 		m.observe(ExitRecord{Kind: KindHLT})
-		return m.halt()
+		m.halted = true // the loop waits
 	case kvm.ExitRDMSR:
 		e := m.run.MSR()
 		if m.msrNeedsTime(e.Index, false) {
@@ -395,14 +400,8 @@ func storeLE(p []byte, size int, v uint64) {
 	}
 }
 
-// halt waits, in rounds, until an interrupt is due or the machine ends. A guest that halts
-// with interrupts off waits for an NMI, a reset or the user.
-func (m *Machine) halt() error {
-	m.halted = true
-	return m.waitHalted()
-}
-
-// waitHalted is the rest of a HLT, also of one that a restored machine was in.
+// waitHalted waits in a HLT, in rounds, until an interrupt is due or the machine ends. A
+// guest that halts with interrupts off waits for an NMI, a reset or the user.
 func (m *Machine) waitHalted() error {
 	for m.exit == nil && m.halted {
 		if _, _, ok := m.apic.Pending(); ok && m.run.IfFlag != 0 || m.nmi {
