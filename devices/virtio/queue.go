@@ -95,6 +95,7 @@ type Queue struct {
 	signalled         uint16 // done when the driver was last told of it
 	inUse             uint16 // chains taken and not yet given back
 	filled            uint16 // elements written at done and not yet published
+	taken             uint16 // chains taken since the last Interrupt
 
 	fence atomic.Uint32
 }
@@ -136,6 +137,10 @@ var (
 // Next takes the next chain that the driver has made available. It returns false when
 // there is none, and has then asked the driver for a notification of the next one; or
 // when the queue is not in use or the device broken.
+//
+// Between two calls of Interrupt it returns no more chains than the queue has
+// descriptors: rings that overlap each other or a buffer can otherwise make work out of the work
+// done, without end.
 func (q *Queue) Next(c *Chain) bool {
 	if !q.Live() {
 		return false
@@ -162,6 +167,8 @@ func (q *Queue) Next(c *Chain) bool {
 	switch {
 	case ahead > q.size:
 		err = errRunaway
+	case q.taken == q.size:
+		return false
 	case q.inUse >= q.size:
 		err = errTooMany
 	default:
@@ -173,6 +180,7 @@ func (q *Queue) Next(c *Chain) bool {
 	}
 	q.next++
 	q.inUse++
+	q.taken++
 	return true
 }
 
@@ -241,6 +249,7 @@ func (q *Queue) Rewind(n int) {
 	n = min(n, int(q.inUse))
 	q.next -= uint16(n)
 	q.inUse -= uint16(n)
+	q.taken -= min(uint16(n), q.taken)
 	q.filled = 0
 }
 
@@ -281,9 +290,10 @@ func (q *Queue) Push(head uint16, written uint32) {
 	q.Publish()
 }
 
-// Interrupt tells the driver of the chains published since the last call, unless it does not
-// want to know (2.7.7, 2.7.10).
+// Interrupt ends the device's work on the queue for now: it tells the driver of the chains
+// published since the last call, unless it does not want to know (2.7.7, 2.7.10).
 func (q *Queue) Interrupt() {
+	q.taken = 0
 	before := q.signalled
 	if q.done == before || !q.Live() {
 		return
@@ -404,7 +414,7 @@ func (q *Queue) restore(s QueueState) {
 	q.size, q.enabled = s.Size, s.Enabled
 	q.desc, q.avail, q.used = s.Desc, s.Avail, s.Used
 	q.vector, q.next, q.done, q.signalled, q.inUse = s.Vector, s.NextAvail, s.NextUsed, s.Signalled, s.InUse
-	q.filled = 0
+	q.filled, q.taken = 0, 0
 }
 
 func validSize(size, most uint16) bool { return size > 0 && size <= most && size&(size-1) == 0 }
