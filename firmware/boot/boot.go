@@ -61,6 +61,11 @@ func noRoom(what string, base, size uint64) error {
 		Remedy: fmt.Sprintf("give the guest more memory, and link kernels at %#x or above", firmware.BIOSEnd)}
 }
 
+func noRoomForInitrd(size, kernelEnd, limit uint64) error {
+	return &firmware.Error{Code: codeRoom, Problem: fmt.Sprintf("no room for an initial RAM disk of %d bytes between the kernel's end at %#x and %#x", size, kernelEnd, limit),
+		Remedy: "give the guest more memory"}
+}
+
 // Detect returns the kind of a kernel file. It never returns [Flat].
 func Detect(file []byte) (Kind, error) {
 	switch {
@@ -194,8 +199,7 @@ func (l *loader) placeInitrd(limit uint64) (uint64, error) {
 			return base, nil
 		}
 	}
-	return 0, &firmware.Error{Code: codeRoom, Problem: fmt.Sprintf("no room for an initial RAM disk of %d bytes between the kernel's end at %#x and %#x", size, l.end, limit),
-		Remedy: "give the guest more memory"}
+	return 0, noRoomForInitrd(size, l.end, limit)
 }
 
 // placeCmdline copies the command line with its terminating zero.

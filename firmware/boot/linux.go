@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"strings"
 
 	"github.com/bobuhiro11/gokvm/bootparam"
 
@@ -28,6 +29,8 @@ const (
 	xloadKernel64 = 1 << 0 // xloadflags: a 64-bit entry at 0x200
 	entry64       = 0x200
 
+	oldCmdline = 255 // bytes of command line that a kernel without cmdline_size takes
+
 	loaderUndefined = 0xff
 	heapEnd         = 0xe000 // of the real-mode part, which is not used
 
@@ -42,8 +45,8 @@ func isLinux(file []byte) bool {
 		binary.LittleEndian.Uint16(file[bootFlagOffset:]) == bootFlag
 }
 
-// parseSetup reads the setup header of a bzImage. Fields past the end of an older
-// kernel's header are zero.
+// parseSetup reads the setup header of a bzImage. Fields that an older kernel's header
+// does not have are zero.
 func parseSetup(file []byte) (h bootparam.SetupHeader, err error) {
 	if !isLinux(file) {
 		return h, bad("it is no Linux bzImage")
@@ -57,7 +60,47 @@ func parseSetup(file []byte) (h bootparam.SetupHeader, err error) {
 	if h.SetupSects == 0 {
 		h.SetupSects = defaultSects
 	}
+	// Fields younger than the header's protocol may hold anything: iPXE has its
+	// version's name there.
+	for _, f := range []struct {
+		since uint16
+		clear func()
+	}{
+		{0x0203, func() { h.InitrdAddrMax = 0 }},
+		{0x0205, func() { h.KernelAlignment, h.RelocatableKernel = 0, 0 }},
+		{protocol32, func() { h.CmdlineSize = 0 }},
+		{0x0209, func() { h.SetupData = 0 }},
+		{0x020a, func() { h.PrefAddress, h.InitSize = 0, 0 }},
+		{protocol64, func() { h.XloadFlags = 0 }},
+	} {
+		if h.Version < f.since {
+			f.clear()
+		}
+	}
 	return h, nil
+}
+
+// checkCmdline says whether a kernel can take the command line.
+func checkCmdline(cmdline string, h bootparam.SetupHeader) error {
+	limit := cmdlineMax - 1
+	if h.Version >= protocol32 {
+		limit = min(limit, int(h.CmdlineSize))
+	} else {
+		limit = oldCmdline
+	}
+	if len(cmdline) > limit || strings.IndexByte(cmdline, 0) >= 0 {
+		return &firmware.Error{Code: codeCmdline, Problem: fmt.Sprintf("the command line has %d bytes, this kernel takes %d without a zero", len(cmdline), limit),
+			Remedy: "shorten it"}
+	}
+	return nil
+}
+
+// initrdLimit returns the address below which the kernel's initial RAM disk must end.
+func initrdLimit(h bootparam.SetupHeader) uint64 {
+	if h.InitrdAddrMax != 0 {
+		return uint64(h.InitrdAddrMax) + 1
+	}
+	return initrdAddrMax + 1
 }
 
 // linux loads a bzImage.
@@ -71,9 +114,8 @@ func (l *loader) linux() (Entry, error) {
 			Problem: fmt.Sprintf("the Linux kernel has boot protocol %d.%02d, which can only be entered by a BIOS", h.Version>>8, h.Version&0xff),
 			Remedy:  "boot it on top of SeaBIOS"}
 	}
-	if h.CmdlineSize > 0 && uint64(len(l.Cmdline)) > uint64(h.CmdlineSize) {
-		return Entry{}, &firmware.Error{Code: codeCmdline, Problem: fmt.Sprintf("the command line has %d bytes, this kernel takes %d", len(l.Cmdline), h.CmdlineSize),
-			Remedy: "shorten it"}
+	if err := checkCmdline(l.Cmdline, h); err != nil {
+		return Entry{}, err
 	}
 	start := (uint64(h.SetupSects) + 1) * sector
 	if start >= uint64(len(l.Kernel)) {
@@ -99,11 +141,7 @@ func (l *loader) linux() (Entry, error) {
 			return Entry{}, err
 		}
 	}
-	limit := uint64(initrdAddrMax)
-	if h.InitrdAddrMax != 0 {
-		limit = uint64(h.InitrdAddrMax)
-	}
-	initrd, err := l.placeInitrd(limit + 1)
+	initrd, err := l.placeInitrd(initrdLimit(h))
 	if err != nil {
 		return Entry{}, err
 	}
@@ -133,7 +171,7 @@ func (l *loader) linux() (Entry, error) {
 	}
 
 	var e Entry
-	if h.Version >= protocol64 && h.XloadFlags&xloadKernel64 != 0 {
+	if h.XloadFlags&xloadKernel64 != 0 {
 		if len(code) <= entry64 {
 			return Entry{}, bad("it ends before its 64-bit entry point")
 		}
