@@ -42,7 +42,7 @@ type Message struct {
 
 // Driver drives one device.
 type Driver struct {
-	tb     testing.TB
+	TB     testing.TB // what failures are reported to
 	Mem    *memory.Memory
 	T      *virtio.Transport
 	Modern devices.Handler // the BARs
@@ -70,7 +70,7 @@ func New(tb testing.TB, dev virtio.Device, opts virtio.Options) *Driver {
 	mem, err := memory.New(memory.Extent{Base: 0, Size: LowSize}, memory.Extent{Base: HighBase, Size: HighSize})
 	require.NoError(tb, err)
 	tb.Cleanup(func() { require.NoError(tb, mem.Close()) })
-	d := &Driver{tb: tb, Mem: mem, heap: 0x10000}
+	d := &Driver{TB: tb, Mem: mem, heap: 0x10000}
 	d.Plug(dev, opts)
 	d.T.Function().WriteConfig(pci.RegCommand, 2, pci.CommandIO|pci.CommandMemory|pci.CommandMaster)
 	return d
@@ -95,21 +95,21 @@ func (d *Driver) Plug(dev virtio.Device, opts virtio.Options) {
 func (d *Driver) Alloc(n uint64) uint64 {
 	a := d.heap
 	d.heap = (d.heap + n + memory.PageSize - 1) &^ (memory.PageSize - 1)
-	require.LessOrEqual(d.tb, d.heap, uint64(LowSize), "the tests' guest memory is used up")
+	require.LessOrEqual(d.TB, d.heap, uint64(LowSize), "the tests' guest memory is used up")
 	return a
 }
 
 // Put returns the address of a copy of p in guest memory.
 func (d *Driver) Put(p []byte) uint64 {
 	a := d.Alloc(uint64(len(p)))
-	require.NoError(d.tb, d.Mem.Write(a, p))
+	require.NoError(d.TB, d.Mem.Write(a, p))
 	return a
 }
 
 // Get returns a copy of guest memory.
 func (d *Driver) Get(addr uint64, n int) []byte {
 	p := make([]byte, n)
-	require.NoError(d.tb, d.Mem.Read(addr, p))
+	require.NoError(d.TB, d.Mem.Read(addr, p))
 	return p
 }
 
@@ -146,7 +146,7 @@ func (d *Driver) Negotiate(features uint64) bool {
 // it offers, queues of the given size (0: as large as offered), and interrupts by MSI-X: vector 0
 // for the configuration, i+1 for queue i.
 func (d *Driver) Init(features uint64, size uint16) {
-	require.True(d.tb, d.Negotiate(features&d.Offered()))
+	require.True(d.TB, d.Negotiate(features&d.Offered()))
 	d.EnableMSIX()
 	d.SetQueues(size)
 	d.SetStatus(virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFeaturesOK | virtio.StatusDriverOK)
@@ -172,7 +172,7 @@ func (d *Driver) SetQueues(size uint16) {
 		d.Modern.Write(Common+0x2c, 4, r.Avail>>32)
 		d.Modern.Write(Common+0x30, 8, r.Used)
 		d.Modern.Write(Common+0x1c, 2, 1)
-		require.EqualValues(d.tb, 1, d.Modern.Read(Common+0x1c, 2))
+		require.EqualValues(d.TB, 1, d.Modern.Read(Common+0x1c, 2))
 		d.Rings = append(d.Rings, r)
 	}
 }
@@ -206,7 +206,7 @@ func (d *Driver) EnableMSIX() {
 	at := uint64(f.Byte(pci.RegCapabilities))
 	for f.Byte(uint8(at)) != 0x11 {
 		at = uint64(f.Byte(uint8(at + 1)))
-		require.NotZero(d.tb, at, "no MSI-X")
+		require.NotZero(d.TB, at, "no MSI-X")
 	}
 	n := f.ReadConfig(at+2, 2)&0x7ff + 1
 	table := f.BARHandler(1)
@@ -268,7 +268,7 @@ func newRing(d *Driver, size uint16, eventIdx bool) *Ring {
 // SetDesc writes a descriptor.
 func (r *Ring) SetDesc(table uint64, i uint16, addr uint64, n uint32, flags, next uint16) {
 	b, err := r.d.Mem.Mutable(table+16*uint64(i), 16)
-	require.NoError(r.d.tb, err)
+	require.NoError(r.d.TB, err)
 	binary.LittleEndian.PutUint64(b, addr)
 	binary.LittleEndian.PutUint32(b[8:], n)
 	binary.LittleEndian.PutUint16(b[12:], flags)
@@ -278,7 +278,7 @@ func (r *Ring) SetDesc(table uint64, i uint16, addr uint64, n uint32, flags, nex
 // Add makes a chain of the buffers available and returns its head.
 func (r *Ring) Add(bufs ...Buf) uint16 {
 	n := len(bufs)
-	require.LessOrEqual(r.d.tb, n, len(r.free), "ring is full")
+	require.LessOrEqual(r.d.TB, n, len(r.free), "ring is full")
 	var head, next uint16
 	for i := n - 1; i >= 0; i-- {
 		head = r.free[len(r.free)-1]
@@ -322,14 +322,14 @@ func (r *Ring) AddIndirect(bufs ...Buf) uint16 {
 
 // Offer puts a head into the available ring.
 func (r *Ring) Offer(head uint16) {
-	require.NoError(r.d.tb, r.d.Mem.PutUint16(r.Avail+4+2*uint64(r.availIdx%r.Size), head))
+	require.NoError(r.d.TB, r.d.Mem.PutUint16(r.Avail+4+2*uint64(r.availIdx%r.Size), head))
 	r.SetAvailIdx(r.availIdx + 1)
 }
 
 // SetAvailIdx sets the index of the available ring.
 func (r *Ring) SetAvailIdx(i uint16) {
 	r.availIdx = i
-	require.NoError(r.d.tb, r.d.Mem.PutUint16(r.Avail+2, i))
+	require.NoError(r.d.TB, r.d.Mem.PutUint16(r.Avail+2, i))
 }
 
 // Room returns how many descriptors are free.
@@ -341,13 +341,13 @@ func (r *Ring) Kick() { r.kick() }
 // AvailEvent returns the index at whose passing the device wants to be notified.
 func (r *Ring) AvailEvent() uint16 {
 	v, err := r.d.Mem.Uint16(r.Used + 4 + 8*uint64(r.Size))
-	require.NoError(r.d.tb, err)
+	require.NoError(r.d.TB, err)
 	return v
 }
 
 // SetUsedEvent sets the index at whose passing the driver wants an interrupt.
 func (r *Ring) SetUsedEvent(v uint16) {
-	require.NoError(r.d.tb, r.d.Mem.PutUint16(r.Avail+4+2*uint64(r.Size), v))
+	require.NoError(r.d.TB, r.d.Mem.PutUint16(r.Avail+4+2*uint64(r.Size), v))
 }
 
 // SetNoInterrupt sets or clears the flag by which the driver asks for silence.
@@ -356,7 +356,7 @@ func (r *Ring) SetNoInterrupt(on bool) {
 	if on {
 		v = 1
 	}
-	require.NoError(r.d.tb, r.d.Mem.PutUint16(r.Avail, v))
+	require.NoError(r.d.TB, r.d.Mem.PutUint16(r.Avail, v))
 }
 
 // Done is a chain that the device has given back.
@@ -369,16 +369,16 @@ type Done struct {
 // with the one after.
 func (r *Ring) Take() (done Done, ok bool) {
 	idx, err := r.d.Mem.Uint16(r.Used + 2)
-	require.NoError(r.d.tb, err)
+	require.NoError(r.d.TB, err)
 	if idx == r.seen {
 		return Done{}, false
 	}
 	at := r.Used + 4 + 8*uint64(r.seen%r.Size)
 	id, err := r.d.Mem.Uint32(at)
-	require.NoError(r.d.tb, err)
+	require.NoError(r.d.TB, err)
 	n, err := r.d.Mem.Uint32(at + 4)
-	require.NoError(r.d.tb, err)
-	require.Less(r.d.tb, id, uint32(r.Size))
+	require.NoError(r.d.TB, err)
+	require.Less(r.d.TB, id, uint32(r.Size))
 	head := uint16(id)
 	for i, left := head, int(r.chain[head]); left >= 0; left-- {
 		r.free = append(r.free, i)
