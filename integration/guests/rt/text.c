@@ -98,7 +98,7 @@ void console_flush(void)
 		outb(COM1 + COM_IER, 0);
 		outb(COM1 + COM_LCR, 3);
 		outb(COM1 + COM_FCR, 7);
-		outb(COM1 + COM_MCR, 3);
+		outb(COM1 + COM_MCR, 0x0b); /* DTR, RTS, and OUT2, which gates the interrupt */
 		com_ready = true;
 	}
 	for (u32 i = 0; i < line_length; i++) {
