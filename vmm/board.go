@@ -142,7 +142,18 @@ func (m *Machine) board() error {
 		}
 	}
 	if len(m.cfg.Firmware) > 0 {
-		if err := firmware.Configure(m.fwcfg, m.description()); err != nil {
+		d := m.description()
+		if len(m.cfg.Kernel) > 0 {
+			rom, err := boot.OnBIOS(m.fwcfg, boot.Params{
+				Kind: m.cfg.KernelKind, Kernel: m.cfg.Kernel, Initrd: m.cfg.Initrd, Cmdline: m.cfg.Cmdline,
+			})
+			if err != nil {
+				return err
+			}
+			d.ROMs = append(d.ROMs, rom)
+			d.BootOrder = append([]string{firmware.BootROM(boot.ROMName)}, d.BootOrder...)
+		}
+		if err := firmware.Configure(m.fwcfg, d); err != nil {
 			return err
 		}
 	}

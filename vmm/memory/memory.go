@@ -20,12 +20,16 @@ import (
 	"fmt"
 	"math/bits"
 	"sort"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
 // PageSize is the granule of dirty tracking, in bytes: the 4 KiB page of x86.
 const PageSize = 4096
+
+// hugePage is the size of x86's large pages, in bytes.
+const hugePage = 2 << 20
 
 // MaxRegions bounds the number of RAM regions of one guest.
 const MaxRegions = 16
@@ -40,7 +44,8 @@ type Region struct {
 	// Bytes is the host mapping; its length is the region's size.
 	Bytes []byte
 
-	dirty []uint64 // one bit a page, set by writes through Memory
+	mapping []byte   // what Bytes is a part of
+	dirty   []uint64 // one bit a page, set by writes through Memory
 }
 
 // End returns the guest-physical address just past the region.
@@ -68,19 +73,24 @@ func New(extents ...Extent) (*Memory, error) {
 			m.Close()
 			return nil, fmt.Errorf("memory: region %#x+%#x is not a non-empty run of whole pages", e.Base, e.Size)
 		}
-		b, err := unix.Mmap(-1, 0, int(e.Size), unix.PROT_READ|unix.PROT_WRITE,
+		// KVM can use a huge page only where guest and host addresses agree modulo its size.
+		pad := e.Base % hugePage
+		whole, err := unix.Mmap(-1, 0, int(e.Size+pad+hugePage), unix.PROT_READ|unix.PROT_WRITE,
 			unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 		if err != nil {
 			m.Close()
 			return nil, fmt.Errorf("memory: map %d bytes of guest memory: %w", e.Size, err)
 		}
+		at := uint64(uintptr(unsafe.Pointer(unsafe.SliceData(whole))))
+		skip := (hugePage-at%hugePage)%hugePage + pad
+		b := whole[skip : skip+e.Size : skip+e.Size]
 		// Huge pages make the first touch and the re-protection of pages cheap
 		// (docs/kvm.md); a host that has none is slower, not wrong.
 		_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
 		// A core file of the VMM must not carry the guest's memory.
 		_ = unix.Madvise(b, unix.MADV_DONTDUMP)
 		pages := uint64(len(b)) / PageSize
-		m.regions = append(m.regions, &Region{Base: e.Base, Bytes: b, dirty: make([]uint64, (pages+63)/64)})
+		m.regions = append(m.regions, &Region{Base: e.Base, Bytes: b, mapping: whole, dirty: make([]uint64, (pages+63)/64)})
 	}
 	sort.Slice(m.regions, func(i, j int) bool { return m.regions[i].Base < m.regions[j].Base })
 	for i := 1; i < len(m.regions); i++ {
@@ -97,7 +107,7 @@ func New(extents ...Extent) (*Memory, error) {
 func (m *Memory) Close() error {
 	var first error
 	for _, r := range m.regions {
-		if err := unix.Munmap(r.Bytes); err != nil && first == nil {
+		if err := unix.Munmap(r.mapping); err != nil && first == nil {
 			first = err
 		}
 		r.Bytes = nil
