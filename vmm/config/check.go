@@ -292,6 +292,7 @@ func (c *checker) ports() {
 		port(fmt.Sprintf("serial[%d]", i), s.Backend)
 	}
 	port("console", c.Console)
+	port("debugcon", c.DebugCon)
 	if c.Control != "" {
 		port("control", console.Spec{Kind: console.Unix, Path: c.Control})
 	}

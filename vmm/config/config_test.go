@@ -516,3 +516,19 @@ func FuzzParseJSON(f *testing.F) {
 	f.Add([]byte(`{"cpus":null,"disk":[[]],"x":{"y":[1,{}]}}`))
 	fuzzParse(f, "fuzz.json")
 }
+
+func TestShow(t *testing.T) {
+	g, origins, err := Load(Sources{Flags: map[string][]string{"memory": {"1G"}, "disk": {"a.img,readonly", "b.img"}, "nic": {"user"}}})
+	require.NoError(t, err)
+	var out strings.Builder
+	require.NoError(t, g.Show(&out, origins, false, true))
+	require.Contains(t, out.String(), "# flag --memory\nmemory = '1G'\n")
+	require.NotContains(t, out.String(), "cpus")
+	out.Reset()
+	require.NoError(t, g.Show(&out, origins, true, true))
+	require.Contains(t, out.String(), "# default\ncpus = 1\n")
+	back := Default()
+	_, err = Parse(back, []byte(out.String()), "shown.toml")
+	require.NoError(t, err, out.String())
+	require.Equal(t, g, back)
+}

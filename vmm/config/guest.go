@@ -46,6 +46,8 @@ type Guest struct {
 	Serials []Serial `toml:"serial" json:"serial"`
 	// Console is what the virtio console is connected to; "none": there is no virtio console.
 	Console console.Spec `toml:"console" json:"console"`
+	// DebugCon is where SeaBIOS's log goes, which it writes to port 0x402.
+	DebugCon console.Spec `toml:"debugcon" json:"debugcon"`
 	// RNG gives the guest a virtio entropy device.
 	RNG bool `toml:"rng" json:"rng"`
 
@@ -150,7 +152,7 @@ const DefaultROM = "/usr/lib/ipxe/qemu/pxe-virtio.rom"
 func Default() *Guest {
 	return &Guest{
 		Memory: 256 * MiB, CPUs: 1, CPU: CPUHost, KVM: "/dev/kvm", Firmware: FirmwareAuto,
-		Serials: []Serial{{Backend: console.Spec{Kind: console.Stdio}}},
+		Serials: []Serial{{Backend: console.Spec{Kind: console.Stdio}}}, Console: console.Spec{Kind: console.None}, DebugCon: console.Spec{Kind: console.None},
 		RNG:     true, OnGuestShutdown: Stop, RTC: RTCUTC,
 	}
 }

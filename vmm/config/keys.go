@@ -52,6 +52,10 @@ var keys = []Key{
 		g.Console, err = console.ParseSpec(v)
 		return err
 	})},
+	{Name: "debugcon", Doc: "write the firmware's log to this `port`, as for --serial", set: one(func(g *Guest, v string) (err error) {
+		g.DebugCon, err = console.ParseSpec(v)
+		return err
+	})},
 	{Name: "rng", Doc: "give the guest a virtio entropy device", Bool: true, set: one(func(g *Guest, v string) (err error) {
 		g.RNG, err = parseBool(v)
 		return err

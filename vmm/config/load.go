@@ -375,9 +375,9 @@ func (g *Guest) resolve(dir string, present []string) {
 				rel(&g.Events)
 			}
 		case "console":
-			if g.Console.Path != "" {
-				rel(&g.Console.Path)
-			}
+			rel(&g.Console.Path)
+		case "debugcon":
+			rel(&g.DebugCon.Path)
 		case "firmware":
 			if !isWord(g.Firmware) {
 				rel(&g.Firmware)

@@ -58,6 +58,7 @@ const (
 	ConsoleDropped Kind = "console-dropped" // console output was lost to a slow reader
 	EventsLost     Kind = "events-lost"     // this file missed events; attrs say how many
 	Exited         Kind = "exited"          // the VMM ends; attrs carry reason and exit code
+	UnknownMSR     Kind = "unknown-msr"     // the guest used a model-specific register that is not there; attrs say which
 )
 
 // Message is the catalogue's entry of a kind.
@@ -91,6 +92,7 @@ var catalog = [...]Message{
 	{ConsoleDropped, "FTV-0016", Warning, "Console output was lost because its reader is too slow.", "Attach a reader that keeps up, or write the console to a file."},
 	{EventsLost, "FTV-0017", Warning, "Events were lost because they could not be written.", "Check the file or pipe given with --events."},
 	{Exited, "FTV-0018", Information, "The virtual machine monitor has ended.", ""},
+	{UnknownMSR, "FTV-0019", Information, "The guest used a model-specific register that this machine does not have.", ""},
 }
 
 // Catalog returns every kind of event, in order of ID.

@@ -1,0 +1,340 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/ftvmm/ftvmm/vmm"
+	"github.com/ftvmm/ftvmm/vmm/config"
+	"github.com/ftvmm/ftvmm/vmm/console"
+	"github.com/ftvmm/ftvmm/vmm/control"
+	"github.com/ftvmm/ftvmm/vmm/event"
+)
+
+func (a *app) runCommand() *cobra.Command {
+	var restore string
+	c := &cobra.Command{
+		Use:   "run [FILE]",
+		Short: "run a guest in the foreground",
+		Long: `Run a guest in the foreground until it switches itself off.
+
+The guest is described by a TOML or JSON file, by environment variables
+(FTVMM_MEMORY and so on), and by flags, of which the later win. The first serial
+port is connected to this terminal unless said otherwise: every key goes to
+the guest, Ctrl-C too.
+
+  Ctrl-] p   press the power button
+  Ctrl-] q   end the guest at once
+  Ctrl-] ?   help
+  Ctrl-] Ctrl-]  type Ctrl-]
+
+SIGTERM and SIGINT press the power button; the second ends the guest at once.
+With --json the end of the guest is reported on standard output, and a console
+on stdio writes to standard error instead.
+
+Exit codes: 0 the guest powered off; 32+n it wrote the code n (0 to 31) to the
+debug-exit device; 1 it was ended by the user; 64 bad configuration; 65 the
+host lacks KVM or a feature; 66 the guest crashed.`,
+		Example: `  ftvmm run --guest hello
+  ftvmm run --kernel vmlinuz --initrd initrd.img --append console=ttyS0 --memory 1G
+  ftvmm run --name web --disk path=web.img --nic user,hostfwd=tcp:127.0.0.1:8080-:80`,
+		Args: a.arguments(0, 1),
+	}
+	s := addSettings(c)
+	c.Flags().StringVar(&restore, "restore", "", "go on with the guest that vm save wrote to this `file`")
+	c.RunE = func(cmd *cobra.Command, args []string) error {
+		g, _, err := s.load(args)
+		if err == nil {
+			how := checks()
+			how.Restoring = restore != ""
+			err = g.Check(how)
+		}
+		if err == nil {
+			a.exit, err = a.runMachine(cmd.Context(), g, restore)
+		}
+		if err != nil {
+			f := classify(err)
+			var started *hostFailure
+			if !errors.As(err, &started) {
+				f.exit = runExit(err)
+			}
+			return f
+		}
+		return nil
+	}
+	return c
+}
+
+// hostFailure is an error of the host after the guest has started.
+type hostFailure struct{ error }
+
+func (e *hostFailure) Unwrap() error { return e.error }
+
+// exitDocument is what run reports with --json.
+type exitDocument struct {
+	control.Meta
+	Reason   string `json:"reason"`
+	Code     uint32 `json:"code"`
+	Detail   string `json:"detail,omitempty"`
+	ExitCode int    `json:"exit_code"`
+}
+
+// runMachine runs the guest, again and again if its configuration says so, and returns run's
+// exit code.
+func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string) (int, error) {
+	var events *event.Emitter
+	if g.Events != "" {
+		var err error
+		if events, err = event.Open(g.Events, g.Name); err != nil {
+			return 0, err
+		}
+	}
+	defer events.Close()
+	for {
+		r := &runner{app: a, guest: g, events: events, started: time.Now()}
+		end, err := r.run(ctx, restore)
+		if err != nil {
+			events.Emit(event.Exited, event.Attrs{"reason": "error", "error": err.Error()})
+			return 0, err
+		}
+		if end.Reason == vmm.ExitPowerOff && g.OnGuestShutdown == config.Restart && !r.stopping.Load() {
+			a.note("the guest has switched itself off and starts again")
+			restore = ""
+			continue
+		}
+		return a.ended(end, events)
+	}
+}
+
+// ended reports how the guest ended.
+func (a *app) ended(e vmm.Exit, events *event.Emitter) (int, error) {
+	exit := guestExit(e)
+	switch e.Reason {
+	case vmm.ExitDebugExit:
+		events.Emit(event.DebugExit, event.Attrs{"code": e.Code})
+	case vmm.ExitCrash:
+		events.Emit(event.Crashed, event.Attrs{"detail": e.Detail})
+	}
+	events.Emit(event.Exited, event.Attrs{"reason": string(e.Reason), "code": e.Code, "exit_code": exit})
+	if e.Reason == vmm.ExitCrash {
+		p := problem{"guest-crashed", "the guest has crashed: " + e.Detail, "look at the guest's last output"}
+		fmt.Fprintf(a.err, "error: %s (%s)\n  remedy: %s\n", p.Message, p.Code, p.Remedy)
+	}
+	if a.json {
+		return exit, a.document(exitDocument{control.NewMeta("Exit"), string(e.Reason), e.Code, e.Detail, exit})
+	}
+	return exit, nil
+}
+
+// ports are a guest's consoles.
+type ports struct {
+	all     []*console.Console
+	serials []*console.Console
+	virtio  *console.Console // nil: none
+	debug   *console.Console // nil: none
+}
+
+func (p *ports) named(name string) *console.Console {
+	for _, c := range p.all {
+		if c.Name() == name {
+			return c
+		}
+	}
+	return nil
+}
+
+func (p *ports) Close() error {
+	var errs []error
+	for _, c := range p.all {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// runner is one life of a guest, from power-on to its end.
+type runner struct {
+	*app
+	guest   *config.Guest
+	events  *event.Emitter
+	started time.Time
+
+	machine atomic.Pointer[vmm.Machine] // for keys that are pressed before it is there
+	ports   ports
+	// stopping is set when the user has asked for the end, so that the guest is not started again.
+	stopping atomic.Bool
+}
+
+func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err error) {
+	// Terminal and sockets are in order again whatever happens. First the machine ends, which takes no
+	// more input then; then the consoles hand over the guest's last words; then the
+	// control socket closes, over which some of them leave.
+	closing := func(what string, f func() error) {
+		if e := f(); e != nil && err == nil {
+			err = &hostFailure{fmt.Errorf("%s: %w", what, e)}
+		}
+	}
+	var server *control.Server
+	defer closing("close the control socket", func() error {
+		if server == nil {
+			return nil
+		}
+		return server.Close()
+	})
+	if err := r.openPorts(); err != nil {
+		return end, errors.Join(err, r.ports.Close())
+	}
+	defer closing("close the consoles", r.ports.Close)
+	m, err := build(r.guest, &r.ports, r.event)
+	if err != nil {
+		return end, err
+	}
+	defer closing("close the machine", m.Close)
+	if restore != "" {
+		if err := m.Restore(restore); err != nil {
+			return end, err
+		}
+		r.events.Emit(event.Restored, event.Attrs{"path": restore})
+	}
+	r.machine.Store(m.Machine)
+
+	if r.guest.Control != "" {
+		if r.guest.Control == config.ControlPath(r.guest.Name) {
+			if err := makeRuntimeDir(filepath.Dir(r.guest.Control)); err != nil {
+				return end, err
+			}
+		}
+		if server, err = control.Listen(r.guest.Control, &steering{r, m.Machine}); err != nil {
+			return end, err
+		}
+		r.events.Emit(event.ControlReady, event.Attrs{"path": server.Path()})
+	}
+	stop := r.signals()
+	defer stop()
+	end, err = m.Run(ctx)
+	if err != nil {
+		return end, &hostFailure{err}
+	}
+	return end, nil
+}
+
+// openPorts opens the consoles of the guest.
+func (r *runner) openPorts() error {
+	open := func(name string, spec console.Spec) (*console.Console, error) {
+		opt := console.Options{Stdin: int(os.Stdin.Fd()), Stdout: int(os.Stdout.Fd()), OnKey: r.key}
+		if r.json {
+			opt.Stdout = int(os.Stderr.Fd())
+		}
+		c, err := console.Open(name, spec, opt)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", name, err)
+		}
+		r.ports.all = append(r.ports.all, c)
+		if spec.Kind == console.PTY || spec.Kind == console.Unix {
+			r.note("%s is %s", name, c.Where())
+			r.events.Emit(event.ConsoleReady, event.Attrs{"console": name, "path": c.Where()})
+		}
+		return c, nil
+	}
+	for i, s := range r.guest.Serials {
+		c, err := open(fmt.Sprintf("serial%d", i), s.Backend)
+		if err != nil {
+			return err
+		}
+		r.ports.serials = append(r.ports.serials, c)
+	}
+	var err error
+	if r.guest.Console.Kind != console.None {
+		if r.ports.virtio, err = open("console0", r.guest.Console); err != nil {
+			return err
+		}
+	}
+	if r.guest.DebugCon.Kind != console.None {
+		r.ports.debug, err = open("debugcon", r.guest.DebugCon)
+	}
+	return err
+}
+
+// event takes the machine's own events. Its end is reported by ended, with the exit code.
+func (r *runner) event(name string, fields map[string]any) {
+	if kind := event.Kind(name); kind != event.Exited {
+		r.events.Emit(kind, fields)
+	}
+}
+
+// key carries out a command that was typed after Ctrl-].
+func (r *runner) key(key byte) {
+	switch key {
+	case console.KeyPower:
+		r.pressPower()
+	case console.KeyQuit:
+		r.quit()
+	case console.KeyHelp:
+		r.note("Ctrl-] p presses the power button, Ctrl-] q ends the guest, Ctrl-] Ctrl-] types Ctrl-]\r")
+	}
+}
+
+func (r *runner) pressPower() {
+	r.stopping.Store(true)
+	if m := r.machine.Load(); m != nil {
+		if err := m.PowerButton(); err != nil {
+			r.note("press the power button: %v\r", err)
+		}
+	}
+}
+
+func (r *runner) quit() {
+	r.stopping.Store(true)
+	if m := r.machine.Load(); m != nil {
+		m.Quit()
+	}
+}
+
+// signals lets SIGTERM, SIGINT and SIGHUP press the power button, and the second of them end the guest; a
+// third has its usual effect.
+func (r *runner) signals() (stop func()) {
+	ch := make(chan os.Signal, 2)
+	signal.Notify(ch, unix.SIGTERM, unix.SIGINT, unix.SIGHUP)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if _, ok := <-ch; !ok {
+			return
+		}
+		r.note("power button pressed; once more ends the guest at once\r")
+		r.pressPower()
+		if _, ok := <-ch; !ok {
+			return
+		}
+		signal.Stop(ch)
+		r.quit()
+	}()
+	return func() {
+		signal.Stop(ch)
+		close(ch)
+		<-done
+	}
+}
+
+// makeRuntimeDir makes the directory of control sockets, and refuses one that belongs to somebody else.
+func makeRuntimeDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the directory for control sockets: %w", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return fmt.Errorf("look at %s: %w", dir, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() {
+		return fail(runBadConfig, "bad-runtime-dir", "set XDG_RUNTIME_DIR, or choose a socket with --control", "%s does not belong to this user", dir)
+	}
+	return nil
+}
