@@ -647,20 +647,15 @@ func FuzzFrame(f *testing.F) {
 			} else {
 				require.Zero(t, s[1])
 			}
-			d.Rings[rx].Add(virtiotest.In(dst, 1<<17))
+			if d.Rings[rx].Room() > 0 { // what is not taken leaves its buffer there
+				d.Rings[rx].Add(virtiotest.In(dst, 1<<17))
+			}
 			dev.Receive(s)
 			d.Rings[rx].TakeAll()
 		}
 		w.sent = w.sent[:0]
 		d.Messages = d.Messages[:0]
 		require.NoError(t, dev.Restore(dev.Save()))
-		if d.Rings[rx].Room() == 1 { // frames that were dropped have left their buffers
-			d.Rings[rx].Kick()
-			for range 15 {
-				dev.Receive(frame(mac, 60, 0))
-			}
-			d.Rings[rx].TakeAll()
-		}
 	})
 }
 
