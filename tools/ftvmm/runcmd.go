@@ -99,8 +99,9 @@ func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string) (
 		}
 	}
 	defer events.Close()
+	r := &runner{app: a, guest: g, events: events}
+	defer r.signals()()
 	for {
-		r := &runner{app: a, guest: g, events: events, started: time.Now()}
 		end, err := r.run(ctx, restore)
 		if err != nil {
 			events.Emit(event.Exited, event.Attrs{"reason": "error", "error": err.Error()})
@@ -160,19 +161,21 @@ func (p *ports) Close() error {
 	return errors.Join(errs...)
 }
 
-// runner is one life of a guest, from power-on to its end.
+// runner runs a guest, once or more often.
 type runner struct {
 	*app
-	guest   *config.Guest
-	events  *event.Emitter
-	started time.Time
-
-	machine atomic.Pointer[vmm.Machine] // for keys that are pressed before it is there
-	ports   ports
+	guest  *config.Guest
+	events *event.Emitter
 	// stopping is set when the user has asked for the end, so that the guest is not started again.
 	stopping atomic.Bool
+
+	// Of the present life of the guest:
+	started time.Time
+	ports   ports
+	machine atomic.Pointer[vmm.Machine] // nil while there is none; keys and signals come at any time
 }
 
+// run is one life of the guest, from power-on to its end.
 func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err error) {
 	// Terminal and sockets are in order again whatever happens. First the machine ends, which takes no
 	// more input then; then the consoles hand over the guest's last words; then the
@@ -182,6 +185,7 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 			err = &hostFailure{fmt.Errorf("%s: %w", what, e)}
 		}
 	}
+	r.started, r.ports = time.Now(), ports{}
 	var server *control.Server
 	defer closing("close the control socket", func() error {
 		if server == nil {
@@ -205,6 +209,10 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 		r.events.Emit(event.Restored, event.Attrs{"path": restore})
 	}
 	r.machine.Store(m.Machine)
+	defer r.machine.Store(nil)
+	if r.stopping.Load() {
+		return vmm.Exit{Reason: vmm.ExitQuit}, nil // asked for before there was a machine to tell
+	}
 
 	if r.guest.Control != "" {
 		if r.guest.Control == config.ControlPath(r.guest.Name) {
@@ -217,8 +225,6 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 		}
 		r.events.Emit(event.ControlReady, event.Attrs{"path": server.Path()})
 	}
-	stop := r.signals()
-	defer stop()
 	end, err = m.Run(ctx)
 	if err != nil {
 		return end, &hostFailure{err}
