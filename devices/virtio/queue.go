@@ -147,7 +147,7 @@ func (q *Queue) Next(c *Chain) bool {
 	}
 	ring, err := q.mem.View(q.avail, availHeader+2*uint64(q.size))
 	if err != nil {
-		q.t.fail()
+		q.t.Fail()
 		return false
 	}
 	ahead := binary.LittleEndian.Uint16(ring[availIdx:]) - q.next
@@ -156,7 +156,7 @@ func (q *Queue) Next(c *Chain) bool {
 			return false
 		}
 		if q.mem.PutUint16(q.used+usedHeader+usedElemSize*uint64(q.size), q.next) != nil {
-			q.t.fail()
+			q.t.Fail()
 			return false
 		}
 		q.barrier()
@@ -175,7 +175,7 @@ func (q *Queue) Next(c *Chain) bool {
 		err = q.parse(c, binary.LittleEndian.Uint16(ring[availHeader+2*int(q.next&(q.size-1)):]))
 	}
 	if err != nil {
-		q.t.fail()
+		q.t.Fail()
 		return false
 	}
 	q.next++
@@ -261,7 +261,7 @@ func (q *Queue) Fill(head uint16, written uint32) {
 	}
 	elem, err := q.mem.Mutable(q.used+usedHeader+usedElemSize*uint64((q.done+q.filled)&(q.size-1)), usedElemSize)
 	if err != nil {
-		q.t.fail()
+		q.t.Fail()
 		return
 	}
 	binary.LittleEndian.PutUint32(elem, uint32(head))
@@ -277,7 +277,7 @@ func (q *Queue) Publish() {
 		return
 	}
 	if q.mem.PutUint16(q.used+usedIdx, q.done+n) != nil {
-		q.t.fail()
+		q.t.Fail()
 		return
 	}
 	q.done += n
@@ -303,7 +303,7 @@ func (q *Queue) Interrupt() {
 	if q.t.Has(FeatureRingEventIdx) {
 		event, err := q.mem.Uint16(q.avail + availHeader + 2*uint64(q.size))
 		if err != nil {
-			q.t.fail()
+			q.t.Fail()
 			return
 		}
 		if q.done-event-1 < q.done-before {
@@ -313,7 +313,7 @@ func (q *Queue) Interrupt() {
 	}
 	ring, err := q.mem.View(q.avail, availHeader)
 	if err != nil {
-		q.t.fail()
+		q.t.Fail()
 		return
 	}
 	wanted := binary.LittleEndian.Uint16(ring[availFlags:])&noInterrupt == 0

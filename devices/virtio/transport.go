@@ -300,9 +300,7 @@ func (t *Transport) interruptQueue(q *Queue) {
 
 // Fail breaks the device for a driver that does not keep to the specification: nothing
 // is processed until the driver resets it, and a modern one is told (2.1.2).
-func (t *Transport) Fail() { t.fail() }
-
-func (t *Transport) fail() {
+func (t *Transport) Fail() {
 	if t.broken {
 		return
 	}
