@@ -207,8 +207,6 @@ func (m *Machine) virtioDevices() error {
 			f.SetROM(rom)
 		}
 		err = errors.Join(err, m.pci.Add(devfn, f))
-		add(m, name, t, t.Reset)
-		m.transports = append(m.transports, t)
 		slot++
 	}
 	for i, d := range m.cfg.Disks {
@@ -219,25 +217,25 @@ func (m *Machine) virtioDevices() error {
 		}, diskPort{m, i})
 		name := fmt.Sprintf("disk%d", i)
 		attach(name, b, virtio.Options{Transitional: !d.Modern, QueueSize: d.QueueSize}, nil)
-		add(m, name+"-requests", b, nil)
+		add(m, name, b, b.Reset)
 		m.disks = append(m.disks, b)
 	}
 	for i, n := range m.cfg.NICs {
 		d := net.New(net.Config{MAC: n.MAC, Offloads: n.Backend.Offloads()}, nicPort{m, i})
 		name := fmt.Sprintf("nic%d", i)
 		attach(name, d, virtio.Options{Transitional: !n.Modern}, n.ROM)
-		add(m, name+"-frames", d, nil)
+		add(m, name, d, d.Reset)
 		m.nics = append(m.nics, d)
 	}
 	if m.cfg.RNG {
 		m.entropy = rng.New(entropyPort{m})
 		attach("rng", m.entropy, virtio.Options{Transitional: true}, nil)
-		add(m, "rng-requests", m.entropy, nil)
+		add(m, "rng", m.entropy, m.entropy.Reset)
 	}
 	if m.cfg.VirtioConsole != nil {
 		m.vcon = console.New(func(p []byte) { m.sink.Console(len(m.cfg.Serial), p) })
 		attach("console", m.vcon, virtio.Options{Transitional: true}, nil)
-		add(m, "console-bytes", m.vcon, nil)
+		add(m, "console", m.vcon, m.vcon.Reset)
 	}
 	return err
 }

@@ -17,7 +17,6 @@ import (
 	"github.com/ftvmm/ftvmm/devices/pit"
 	"github.com/ftvmm/ftvmm/devices/rtc"
 	"github.com/ftvmm/ftvmm/devices/serial"
-	"github.com/ftvmm/ftvmm/devices/virtio"
 	"github.com/ftvmm/ftvmm/devices/virtio/blk"
 	"github.com/ftvmm/ftvmm/devices/virtio/console"
 	"github.com/ftvmm/ftvmm/devices/virtio/net"
@@ -128,7 +127,6 @@ type Machine struct {
 	nics       []*net.Device
 	entropy    *rng.Device
 	vcon       *console.Device
-	transports []*virtio.Transport
 	components []component // everything that is saved, in a fixed order
 	cpuid      []kvm.CPUIDEntry
 
