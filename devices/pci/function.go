@@ -209,7 +209,8 @@ func (f *Function) AddBARWindow(bar int, off, size uint64, h devices.Handler) {
 }
 
 // SetROM gives the function an expansion ROM (PCI 3.0, 6.2.5.2): image, padded with
-// ones to a power of two. Writes to it go nowhere.
+// ones to a power of two. Writes to it go nowhere. An image for PCs is made the
+// function's own, as [claimROM] says.
 func (f *Function) SetROM(image []byte) {
 	size := uint64(minROM)
 	for size < uint64(len(image)) {
@@ -219,9 +220,58 @@ func (f *Function) SetROM(image []byte) {
 		f.defect("expansion ROM of %d bytes", len(image))
 	}
 	content := append(make([]byte, 0, size), image...)
+	claimROM(content, f.Word(RegVendorID), f.Word(RegDeviceID))
 	content = append(content, bytes.Repeat([]byte{0xff}, int(size)-len(image))...)
 	f.bars[romIndex] = bar{kind: Mem32, size: size, windows: []barWindow{{0, size, rom(content)}}}
 	f.setMaskLong(RegROM, uint32(-size)|romEnable)
+}
+
+// Where an expansion ROM's first image describes itself (PCI 3.0, 6.3.1): the header of
+// the ROM, then the PCI data structure that it points to.
+const (
+	romSignature   = 0xaa55
+	romBlocks      = 0x02 // length of a PC's image in units of 512 bytes
+	romData        = 0x18 // offset of the PCI data structure
+	romHeaderSize  = 0x1a
+	romBlock       = 512
+	pcirSignature  = "PCIR"
+	pcirVendor     = 0x04
+	pcirDevice     = 0x06
+	pcirImageLevel = 0x12 // the vendor's revision of the image; nothing depends on it
+	pcirCodeType   = 0x14
+	pcirSize       = 0x18
+	codeTypePC     = 0
+)
+
+// claimROM makes the first image of a ROM say that it is for the given function, if it
+// is one for PCs: firmware runs an image only for the vendor and device that it names,
+// and an image that drives several devices names but one of them. The revision takes
+// up the difference to the image's checksum, so that it is as right as it was.
+func claimROM(rom []byte, vendor, device uint16) {
+	le := binary.LittleEndian
+	if len(rom) < romHeaderSize || le.Uint16(rom) != romSignature {
+		return
+	}
+	at, end := int(le.Uint16(rom[romData:])), int(rom[romBlocks])*romBlock
+	if end > len(rom) || at < romHeaderSize || at+pcirSize > end {
+		return
+	}
+	d := rom[at : at+pcirSize]
+	if string(d[:len(pcirSignature)]) != pcirSignature || d[pcirCodeType] != codeTypePC {
+		return
+	}
+	ids := d[pcirVendor : pcirDevice+2]
+	d[pcirImageLevel] += sum8(ids)
+	le.PutUint16(d[pcirVendor:], vendor)
+	le.PutUint16(d[pcirDevice:], device)
+	d[pcirImageLevel] -= sum8(ids)
+}
+
+func sum8(p []byte) (sum byte) {
+	for _, b := range p {
+		sum += b
+	}
+	return sum
 }
 
 // rom serves an expansion ROM.

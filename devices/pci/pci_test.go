@@ -170,6 +170,49 @@ func TestExpansionROMNeedsBothEnables(t *testing.T) {
 	require.EqualValues(t, ones(4), x.memory.Read(0xd0000800, 4))
 }
 
+// TestExpansionROMIsTheFunctions: an image for PCs of another device of the family says that
+// it is for this function, and its sum stays zero; anything else is served as it is.
+func TestExpansionROMIsTheFunctions(t *testing.T) {
+	const at = 0x1c
+	image := func(edit func(b []byte)) []byte {
+		b := make([]byte, 1024)
+		copy(b, []byte{0x55, 0xaa, 2})
+		b[0x18] = at
+		copy(b[at:], "PCIR\x34\x12\x78\x56")
+		b[at+0x12] = 0x80
+		b[6] = -sum8(b)
+		if edit != nil {
+			edit(b)
+		}
+		return b
+	}
+	serve := func(b []byte) []byte {
+		f := NewFunction("test", testID)
+		f.SetROM(b)
+		got := make([]byte, len(b))
+		for i := range got {
+			got[i] = byte(f.bars[romIndex].windows[0].h.Read(uint64(i), 1))
+		}
+		return got
+	}
+	got := serve(image(nil))
+	require.Equal(t, []byte("PCIR\xf4\x1a\x41\x10"), got[at:at+8])
+	require.Zero(t, sum8(got))
+	for name, b := range map[string][]byte{
+		"no ROM":                   image(func(b []byte) { b[0] = 0 }),
+		"for another processor":    image(func(b []byte) { b[at+0x14] = 3 }),
+		"no PCI data structure":    image(func(b []byte) { b[at] = 'Q' }),
+		"data within the header":   image(func(b []byte) { b[0x18] = 0x10; copy(b[0x10:], "PCIR") }),
+		"data beyond the image":    image(func(b []byte) { b[2] = 0 }),
+		"data across the end":      image(func(b []byte) { copy(b[0x3f0:], "PCIR"); b[0x18], b[0x19] = 0xf0, 3 }),
+		"image longer than itself": image(func(b []byte) { b[2] = 3 }),
+		"nearly nothing":           {0x55, 0xaa, 0},
+	} {
+		require.Equal(t, b, serve(b), name)
+	}
+	require.NotPanics(t, func() { serve(image(func(b []byte) { b[0x18], b[0x19] = 0xff, 0xff })) })
+}
+
 func TestConfigurationMechanism(t *testing.T) {
 	x := newFixture(t)
 	id := func() uint64 { return x.ports.Read(0xcfc, 4) }
