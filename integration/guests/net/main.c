@@ -112,6 +112,6 @@ int main(struct boot *boot)
 	       net.stats.datagrams_in, net.stats.pings);
 	printf("end by %s\n", quit ? "request" : "power button");
 	if (!quit)
-		power_off();
+		loop_power_off();
 	return finish();
 }

@@ -102,6 +102,12 @@ static void power_start(void)
 	pic_mask(fadt->sci_int, false);
 }
 
+void loop_power_off(void)
+{
+	power_off();
+	delay_us(1000000); /* some machines take a moment */
+}
+
 /* ---- card ---- */
 
 static void give_rx(u8 *buffer)

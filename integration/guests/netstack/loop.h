@@ -27,4 +27,7 @@ void loop_sleep(struct net *, struct virtq *also);
 /* power_pressed is set by the power button. */
 extern volatile bool power_pressed;
 
+/* loop_power_off enters S5; it returns after a second if nothing came of it. */
+void loop_power_off(void);
+
 #endif
