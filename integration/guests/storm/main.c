@@ -13,7 +13,8 @@
  *	cpl=0|3     where the loop runs (default 3)
  *
  * Every value read is folded into a hash, so that a lost or repeated access
- * shows in the line that is printed.
+ * shows in the line that is printed. The remark before a loop tells whoever takes
+ * the time when it begins.
  */
 #include "rt.h"
 
@@ -116,6 +117,7 @@ int main(struct boot *boot)
 		if (!all && strcmp(mode, modes[i].name))
 			continue;
 		any = true;
+		printf("# storm %s\n", modes[i].name);
 		if (level == 0)
 			rt_cpl0(modes[i].fn, &s);
 		else
