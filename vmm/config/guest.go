@@ -153,7 +153,7 @@ func Default() *Guest {
 	return &Guest{
 		Memory: 256 * MiB, CPUs: 1, CPU: CPUHost, KVM: "/dev/kvm", Firmware: FirmwareAuto,
 		Serials: []Serial{{Backend: console.Spec{Kind: console.Stdio}}}, Console: console.Spec{Kind: console.None}, DebugCon: console.Spec{Kind: console.None},
-		RNG:     true, OnGuestShutdown: Stop, RTC: RTCUTC,
+		RNG: true, OnGuestShutdown: Stop, RTC: RTCUTC,
 	}
 }
 
