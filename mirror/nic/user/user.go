@@ -22,11 +22,15 @@ import (
 
 	vnet "github.com/ftvmm/ftvmm/devices/virtio/net"
 	"github.com/ftvmm/ftvmm/mirror"
+	"github.com/ftvmm/ftvmm/mirror/nic/user/tftp"
 	"github.com/ftvmm/ftvmm/vmm/backend"
 )
 
 // nicID is the stack's name for its only interface.
 const nicID tcpip.NICID = 1
+
+// tftpHeaders are the bytes of a packet before a block's data: IPv4's, UDP's and TFTP's.
+const tftpHeaders = header.IPv4MinimumSize + header.UDPMinimumSize + 4
 
 // offloads is what the network does for the guest: the stack takes what is large or lacks
 // a checksum as it is.
@@ -229,6 +233,19 @@ func (n *Network) release(c io.Closer) {
 	delete(n.open, c)
 	n.mu.Unlock()
 	c.Close()
+}
+
+// serveTFTP serves files until Close.
+func (n *Network) serveTFTP(c *gonet.UDPConn) {
+	s := tftp.Server{
+		Root:     n.tftpRoot,
+		MaxBlock: n.config.MTU - tftpHeaders,
+		Dial: func(client netip.AddrPort) (stdnet.Conn, error) {
+			local, remote := n.stackAddr(netip.AddrPortFrom(n.gateway, 0)), n.stackAddr(client)
+			return gonet.DialUDP(n.stack, &local, &remote, ipv4.ProtocolNumber)
+		},
+	}
+	_ = s.Serve(c) // it ends when Close closes c
 }
 
 // Forwards returns the forwarded ports, with the host ports that are really open.
