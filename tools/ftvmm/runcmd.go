@@ -101,8 +101,14 @@ func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string) (
 	defer events.Close()
 	r := &runner{app: a, guest: g, events: events}
 	defer r.signals()()
+	// If the user asks for the end while no machine is there, this is how it ended.
+	end := vmm.Exit{Reason: vmm.ExitQuit}
 	for {
-		end, err := r.run(ctx, restore)
+		next, err := r.run(ctx, restore)
+		if errors.Is(err, errStopping) {
+			return a.ended(end, events)
+		}
+		end = next
 		if err != nil {
 			events.Emit(event.Exited, event.Attrs{"reason": "error", "error": err.Error()})
 			return 0, err
@@ -175,6 +181,9 @@ type runner struct {
 	machine atomic.Pointer[vmm.Machine] // nil while there is none; keys and signals come at any time
 }
 
+// errStopping says that the user has asked for the end before the guest was started.
+var errStopping = errors.New("stopping")
+
 // run is one life of the guest, from power-on to its end.
 func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err error) {
 	// Terminal and sockets are in order again whatever happens. First the machine ends, which takes no
@@ -211,7 +220,7 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 	r.machine.Store(m.Machine)
 	defer r.machine.Store(nil)
 	if r.stopping.Load() {
-		return vmm.Exit{Reason: vmm.ExitQuit}, nil // asked for before there was a machine to tell
+		return end, errStopping
 	}
 
 	if r.guest.Control != "" {

@@ -36,7 +36,7 @@ func (f *vmFlags) target(cmd *cobra.Command, args []string) (*control.Client, []
 	if len(args) == 0 {
 		return nil, nil, fail(exitUsage, "usage", "use it as: "+cmd.UseLine(), "the name of the guest is missing")
 	}
-	if !config.NamePattern.MatchString(args[0]) {
+	if !config.ValidName(args[0]) {
 		return nil, nil, fail(exitUsage, "bad-name", "names are lower case letters, digits and dashes; use --control PATH for a guest without a name", "%q is no name of a guest", args[0])
 	}
 	return control.NewClient(config.ControlPath(args[0])), args[1:], nil

@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -28,10 +27,30 @@ type Checks struct {
 	SkipFiles bool
 }
 
-// NamePattern is what names of guests look like; at least one character is not a digit.
-var NamePattern = regexp.MustCompile(`^[a-z][a-z0-9-]{0,62}$`)
+// ValidName tells whether s can be a guest's name: up to 63 lower case letters, digits and dashes, a letter first.
+func ValidName(s string) bool {
+	if s == "" || len(s) > 63 || s[0] < 'a' || s[0] > 'z' {
+		return false
+	}
+	return strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == ""
+}
 
-var uuidPattern = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+// validUUID tells whether s is written as 8-4-4-4-12 hexadecimal digits.
+func validUUID(s string) bool {
+	for i := range len(s) {
+		switch i {
+		case 8, 13, 18, 23:
+			if s[i] != '-' {
+				return false
+			}
+		default:
+			if !strings.ContainsRune("0123456789abcdefABCDEF", rune(s[i])) {
+				return false
+			}
+		}
+	}
+	return len(s) == 36
+}
 
 // checker collects errors.
 type checker struct {
@@ -58,10 +77,10 @@ func (g *Guest) Check(how Checks) error {
 }
 
 func (c *checker) identity() {
-	if c.Name != "" && !NamePattern.MatchString(c.Name) {
+	if c.Name != "" && !ValidName(c.Name) {
 		c.fail(BadValue, "name", "use up to 63 lower case letters, digits and dashes, a letter first", "%q is no name of a guest", c.Name)
 	}
-	if c.UUID != "" && !uuidPattern.MatchString(c.UUID) {
+	if c.UUID != "" && !validUUID(c.UUID) {
 		c.fail(BadValue, "uuid", "write it as 8-4-4-4-12 hexadecimal digits, or leave it out", "%q is no UUID", c.UUID)
 	}
 	if len(c.Control) > console.MaxSocketPath {

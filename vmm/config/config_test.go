@@ -331,6 +331,7 @@ func TestCheck(t *testing.T) {
 	}
 	how := Checks{Guests: []string{"hello", "ledger"}, NIC: func(spec string) error { _, err := nic.ParseNIC(spec); return err }}
 	g := ok()
+	g.Name, g.UUID = "db-1", "01234567-89ab-CDEF-0123-456789abcdef"
 	g.fill()
 	require.NoError(t, g.Check(how))
 
@@ -342,6 +343,10 @@ func TestCheck(t *testing.T) {
 	}{
 		{"name", func(g *Guest) { g.Name = "Db" }, BadValue, "name"},
 		{"name of digits", func(g *Guest) { g.Name = "123" }, BadValue, "name"},
+		{"name with a trick", func(g *Guest) { g.Name = "a/../b" }, BadValue, "name"},
+		{"long name", func(g *Guest) { g.Name = strings.Repeat("a", 64) }, BadValue, "name"},
+		{"uuid of the wrong length", func(g *Guest) { g.UUID = "01234567-89ab-cdef-0123-456789abcde" }, BadValue, "uuid"},
+		{"uuid without dashes", func(g *Guest) { g.UUID = "01234567089ab0cdef001230456789abcdef" }, BadValue, "uuid"},
 		{"uuid", func(g *Guest) { g.UUID = "1234" }, BadValue, "uuid"},
 		{"little memory", func(g *Guest) { g.Memory = MiB }, MemoryTooSmall, "memory"},
 		{"much memory", func(g *Guest) { g.Memory = 2 * TiB }, MemoryTooLarge, "memory"},

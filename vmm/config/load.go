@@ -189,15 +189,14 @@ func parseTOML(g *Guest, data []byte, name string) ([]string, error) {
 	return present, nil
 }
 
-var (
-	decodeText = regexp.MustCompile(`cannot decode TOML (\S+) into (?:a )?(?:struct field \S+ of type )?(\S+)`)
-	jsonText   = regexp.MustCompile(`cannot unmarshal (\S+) into Go (?:struct field \S+|value) of type (\S+)`)
-)
-
 // friendly takes the names of Go types out of a decoder's message.
 func friendly(msg string) string {
-	for _, re := range []*regexp.Regexp{decodeText, jsonText} {
-		if m := re.FindStringSubmatch(msg); m != nil {
+	for _, expr := range []string{
+		`cannot decode TOML (\S+) into (?:a )?(?:struct field \S+ of type )?(\S+)`,
+		`cannot unmarshal (\S+) into Go (?:struct field \S+|value) of type (\S+)`,
+	} {
+		// Compiled here, not at the start of every command: it is seldom needed.
+		if m := regexp.MustCompile(expr).FindStringSubmatch(msg); m != nil {
 			return fmt.Sprintf("a %s stands where %s belongs", m[1], goType(m[2]))
 		}
 	}

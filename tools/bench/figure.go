@@ -1,0 +1,263 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// figure is one line of the table.
+type figure struct {
+	name  string
+	what  string
+	unit  string
+	scale float64 // a sample divided by it is in unit
+	// target is what the ratio ours/QEMU may be at most or, if more is better, must be at least;
+	// of a figure without comparison, what the figure itself may be.
+	target   float64
+	more     bool // more is better
+	absolute bool // there is nothing to compare with
+}
+
+// met says whether a value meets the target.
+func (f *figure) met(v float64) bool {
+	if f.more {
+		return v >= f.target
+	}
+	return v <= f.target
+}
+
+// group is what one run of a virtual machine measures.
+type group struct {
+	figures []figure
+	slow    bool // measured only if asked for
+	// measure takes one sample of each figure, in the figures' order.
+	measure func(ctx context.Context, b *bench, v vm) ([]float64, error)
+}
+
+// bench is one comparison.
+type bench struct {
+	dir, root string // for files of the run; the source tree
+	ours      vm
+	qemu      vm // nil: not installed
+	log       io.Writer
+	net       *network // made when it is first needed
+	disk      string   // likewise
+}
+
+func (b *bench) logf(format string, args ...any) { fmt.Fprintf(b.log, format+"\n", args...) }
+
+// result is a figure with its samples.
+type result struct {
+	figure
+	ours, qemu []float64
+}
+
+// value returns the median of ours, in the figure's unit, and the ratio to QEMU's (0 without one).
+func (r *result) value() (ours, qemu, ratio float64) {
+	ours, qemu = median(r.ours)/r.scale, median(r.qemu)/r.scale
+	if qemu != 0 {
+		ratio = ours / qemu
+	}
+	return ours, qemu, ratio
+}
+
+// verdict says whether the target is met: "yes", "no", or "-" where it cannot be said.
+func (r *result) verdict() string {
+	ours, qemu, ratio := r.value()
+	switch {
+	case len(r.ours) == 0, !r.absolute && qemu == 0:
+		return "-"
+	case r.absolute && r.met(ours), !r.absolute && r.met(ratio):
+		return "yes"
+	}
+	return "no"
+}
+
+// median returns the middle sample, or the mean of the two in the middle; 0 of none.
+func median(samples []float64) float64 {
+	s := slices.Clone(samples)
+	slices.Sort(s)
+	n := len(s)
+	switch {
+	case n == 0:
+		return 0
+	case n%2 == 1:
+		return s[n/2]
+	}
+	return (s[n/2-1] + s[n/2]) / 2
+}
+
+// measure takes the samples of all groups that have a selected figure. A group that fails is
+// reported and left out; the others go on.
+func (b *bench) measure(ctx context.Context, groups []group, o options) ([]result, error) {
+	var all []result
+	failed := 0
+	for _, g := range groups {
+		var selected []result
+		var index []int
+		for i, f := range g.figures {
+			if o.only.MatchString(f.name) && (!g.slow || o.slow) {
+				selected, index = append(selected, result{figure: f}), append(index, i)
+			}
+		}
+		if len(selected) == 0 {
+			continue
+		}
+		name := g.figures[0].name
+		if len(g.figures) > 1 {
+			name += " and others"
+		}
+		if err := b.sample(ctx, g, name, o.runs, selected, index); err != nil {
+			if ctx.Err() != nil {
+				return all, ctx.Err()
+			}
+			b.logf("%s: %v", name, err)
+			failed++
+			continue
+		}
+		all = append(all, selected...)
+	}
+	if b.net != nil {
+		b.net.close()
+	}
+	switch {
+	case failed > 0:
+		return all, fmt.Errorf("%d measurements failed", failed)
+	case len(all) == 0:
+		return nil, fmt.Errorf("no figure matches %q", o.only)
+	}
+	return all, nil
+}
+
+// sample runs one group: ours, QEMU, ours, QEMU ...
+func (b *bench) sample(ctx context.Context, g group, name string, runs int, selected []result, index []int) error {
+	for i := range runs {
+		for _, v := range []vm{b.ours, b.qemu} {
+			if v == nil || v == b.qemu && g.figures[0].absolute {
+				continue
+			}
+			limited, cancel := context.WithTimeout(ctx, runLimit)
+			values, err := g.measure(limited, b, v)
+			cancel()
+			if err != nil {
+				return fmt.Errorf("%s: %w", v.name(), err)
+			}
+			var line strings.Builder
+			for j := range selected {
+				r := &selected[j]
+				if v == b.ours {
+					r.ours = append(r.ours, values[index[j]])
+				} else {
+					r.qemu = append(r.qemu, values[index[j]])
+				}
+				fmt.Fprintf(&line, " %.4g", values[index[j]]/r.scale)
+			}
+			b.logf("%s %d/%d %s:%s", name, i+1, runs, v.name(), line.String())
+		}
+	}
+	return nil
+}
+
+// printTable writes the figures for people.
+func printTable(to io.Writer, results []result) {
+	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(w, "figure\tftvmm\tQEMU\tunit\tratio\ttarget\tmet\twhat")
+	for i := range results {
+		r := &results[i]
+		ours, qemu, ratio := r.value()
+		sign := "<="
+		if r.more {
+			sign = ">="
+		}
+		theirs, quotient := "-", "-"
+		if qemu != 0 {
+			theirs, quotient = fmt.Sprintf("%.4g", qemu), fmt.Sprintf("%.2f", ratio)
+		}
+		fmt.Fprintf(w, "%s\t%.4g\t%s\t%s\t%s\t%s %g\t%s\t%s\n", r.name, ours, theirs, r.unit, quotient, sign, r.target, r.verdict(), r.what)
+	}
+	w.Flush()
+}
+
+// document is the JSON form of a comparison.
+type document struct {
+	APIVersion string           `json:"apiVersion"`
+	Kind       string           `json:"kind"`
+	Time       time.Time        `json:"time"`
+	Host       hostDocument     `json:"host"`
+	Runs       int              `json:"runs"`
+	Figures    []figureDocument `json:"figures"`
+}
+
+type hostDocument struct {
+	Kernel string `json:"kernel"`
+	CPU    string `json:"cpu"`
+	CPUs   int    `json:"cpus"`
+	QEMU   string `json:"qemu,omitempty"`
+}
+
+type figureDocument struct {
+	Name     string    `json:"name"`
+	What     string    `json:"what"`
+	Unit     string    `json:"unit"`
+	Ftvmm    float64   `json:"ftvmm"`
+	QEMU     float64   `json:"qemu,omitempty"`
+	Ratio    float64   `json:"ratio,omitempty"`
+	Target   float64   `json:"target"`
+	Better   string    `json:"better"` // "less" or "more"
+	Met      string    `json:"met"`    // "yes", "no" or "-"
+	Samples  []float64 `json:"samples"`
+	Baseline []float64 `json:"baseline,omitempty"` // QEMU's samples
+}
+
+func newDocument(b *bench, o options, results []result) document {
+	d := document{APIVersion: "v1", Kind: "Benchmark", Time: time.Now().UTC(), Runs: o.runs}
+	d.Host = hostDocument{CPUs: runtime.NumCPU(), CPU: cpuModel()}
+	var uts unix.Utsname
+	if unix.Uname(&uts) == nil {
+		d.Host.Kernel = unix.ByteSliceToString(uts.Release[:])
+	}
+	if q, ok := b.qemu.(*qemu); ok {
+		d.Host.QEMU = q.version
+	}
+	for i := range results {
+		r := &results[i]
+		f := figureDocument{Name: r.name, What: r.what, Unit: r.unit, Target: r.target, Better: "less", Met: r.verdict()}
+		if r.more {
+			f.Better = "more"
+		}
+		f.Ftvmm, f.QEMU, f.Ratio = r.value()
+		f.Samples, f.Baseline = scaled(r.ours, r.scale), scaled(r.qemu, r.scale)
+		d.Figures = append(d.Figures, f)
+	}
+	return d
+}
+
+func scaled(samples []float64, scale float64) (out []float64) {
+	for _, v := range samples {
+		out = append(out, v/scale)
+	}
+	return out
+}
+
+// cpuModel returns the name that the kernel gives the first processor.
+func cpuModel() string {
+	b, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
