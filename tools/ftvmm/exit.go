@@ -25,9 +25,9 @@ const (
 	exitConflict     = 4 // wrong state
 	exitNotPermitted = 5
 	exitUnreachable  = 6
-	exitTimeout      = 7  // the wait ended, the work goes on
-	exitUnsupported  = 13 //
-	exitInternal     = 14 //
+	exitTimeout      = 7 // the wait ended, the work goes on
+	exitUnsupported  = 13
+	exitInternal     = 14
 )
 
 // The exit codes of run, which are those of a guest's VMM.

@@ -19,7 +19,7 @@ import (
 	"github.com/ftvmm/ftvmm/vmm/config"
 )
 
-// MaxFileInMemory bounds a kernel, initrd or option ROM in bytes.
+// maxFileInMemory bounds a kernel, initrd or option ROM in bytes.
 const maxFileInMemory = 1 << 30
 
 // built is a machine with everything that it owns on the host but its consoles.

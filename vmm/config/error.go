@@ -7,23 +7,23 @@ type Code string
 
 // The codes.
 const (
-	BadSyntax        Code = "bad-syntax"         // the file is not TOML or JSON
-	UnknownKey       Code = "unknown-key"        // no such setting
-	BadValue         Code = "bad-value"          // not of the setting's type or outside its range
-	Conflict         Code = "conflict"           // two settings that exclude each other
-	Unsupported      Code = "not-supported"      // a sensible value that this version cannot do
-	MemoryTooSmall   Code = "memory-too-small"   //
-	MemoryTooLarge   Code = "memory-too-large"   //
-	TooMany          Code = "too-many"           // more disks, NICs or ports than the machine has room for
-	FileUnreadable   Code = "file-unreadable"    // the configuration file
-	KernelNotFound   Code = "kernel-not-found"   //
-	InitrdNotFound   Code = "initrd-not-found"   //
-	ImageNotFound    Code = "image-not-found"    // a disk image
-	FirmwareNotFound Code = "firmware-not-found" //
-	ROMNotFound      Code = "rom-not-found"      // a NIC's option ROM
-	GuestNotFound    Code = "guest-not-found"    // no embedded guest of that name
-	NoPermission     Code = "no-permission"      // a file exists and may not be used
-	NothingToBoot    Code = "nothing-to-boot"    //
+	BadSyntax        Code = "bad-syntax"    // the file is not TOML or JSON
+	UnknownKey       Code = "unknown-key"   // no such setting
+	BadValue         Code = "bad-value"     // not of the setting's type or outside its range
+	Conflict         Code = "conflict"      // two settings that exclude each other
+	Unsupported      Code = "not-supported" // a sensible value that this version cannot do
+	MemoryTooSmall   Code = "memory-too-small"
+	MemoryTooLarge   Code = "memory-too-large"
+	TooMany          Code = "too-many"        // more disks, NICs or ports than the machine has room for
+	FileUnreadable   Code = "file-unreadable" // the configuration file
+	KernelNotFound   Code = "kernel-not-found"
+	InitrdNotFound   Code = "initrd-not-found"
+	ImageNotFound    Code = "image-not-found" // a disk image
+	FirmwareNotFound Code = "firmware-not-found"
+	ROMNotFound      Code = "rom-not-found"   // a NIC's option ROM
+	GuestNotFound    Code = "guest-not-found" // no embedded guest of that name
+	NoPermission     Code = "no-permission"   // a file exists and may not be used
+	NothingToBoot    Code = "nothing-to-boot"
 )
 
 // Error is one refusal.
