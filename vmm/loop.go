@@ -48,6 +48,10 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 	defer runtime.UnlockOSThread()
 	defer close(m.done)
 	m.bell.tid.Store(int32(unix.Gettid()))
+	// Timers of a halted guest are futex waits: without slack they end on time. Zero
+	// restores the thread's default.
+	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1, 0, 0, 0)
+	defer func() { _ = unix.Prctl(unix.PR_SET_TIMERSLACK, 0, 0, 0, 0) }()
 	stop := context.AfterFunc(ctx, func() { m.Quit() })
 	defer stop()
 
@@ -166,13 +170,8 @@ func (m *Machine) left(errno unix.Errno) error {
 // deliver injects an interrupt if one is due and the guest can take it. It returns true if
 // the loop must start over: completing the exit caused another.
 func (m *Machine) deliver() (again bool, err error) {
-	if m.nmi {
-		m.nmi = false
-		if err := m.vcpu.NMI(); err != nil {
-			return false, err
-		}
-	}
-	if _, _, ok := m.apic.Pending(); !ok {
+	_, _, pending := m.apic.Pending()
+	if !pending && !m.nmi {
 		m.run.SetInterruptWindow(false)
 		return false, nil
 	}
@@ -183,12 +182,21 @@ func (m *Machine) deliver() (again bool, err error) {
 			return true, err
 		}
 	}
+	if m.nmi {
+		m.nmi = false
+		if err := m.vcpu.NMI(); err != nil {
+			return false, err
+		}
+	}
+	if !pending {
+		return false, nil
+	}
 	if m.run.ReadyForInterruptInjection != 0 && m.run.IfFlag != 0 {
 		vector, extint, _ := m.apic.Pending()
 		if extint {
 			vector = int(m.pic.Acknowledge())
 		} else {
-			m.apic.Acknowledge(vector)
+			vector = m.apic.Acknowledge(vector)
 		}
 		if err := m.vcpu.Interrupt(uint8(vector)); err != nil {
 			return false, err
