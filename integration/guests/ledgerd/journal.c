@@ -85,14 +85,14 @@ enum refusal ledger_apply(struct record *r)
 	if (c) {
 		struct answer *a = &c->answers[r->number % LEDGER_WINDOW];
 
+		if (r->number + LEDGER_WINDOW <= c->newest)
+			return REFUSED_STALE;
 		if (a->number == r->number) {
 			r->seq = a->seq;
 			r->balance = a->balance;
 			r->outcome = a->outcome;
 			return REPEATED;
 		}
-		if (r->number + LEDGER_WINDOW <= c->newest)
-			return REFUSED_STALE;
 	} else if (ledger.client_count == LEDGER_CLIENTS) {
 		return REFUSED_CLIENTS;
 	}

@@ -18,11 +18,11 @@
  * a commit number beyond the next one means that the journal has a hole, and the ledger
  * refuses to start.
  *
- * Requests are named by client and number. For each of up to LEDGER_CLIENTS clients the
- * answers to its newest LEDGER_WINDOW numbers are remembered: number n is applied if it is
- * new and n > newest - LEDGER_WINDOW, answered again as before if it is remembered, and
- * refused as stale if it is older. So a client may have LEDGER_WINDOW requests in flight, in
- * any order, and repeat each as often as it likes.
+ * Requests are named by client and number. A client's window is its newest number and the
+ * LEDGER_WINDOW - 1 numbers below. A number in the window or above is applied if it is new
+ * and answered as before if it is not; one below the window is refused as stale. So a client
+ * may have LEDGER_WINDOW requests in flight, in any order, and repeat each as often as it
+ * likes. There can be LEDGER_CLIENTS clients; the requests of one more are refused.
  *
  * The package integration/guests/ledger reads all this on the host.
  */

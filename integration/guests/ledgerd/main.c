@@ -229,12 +229,14 @@ static int turn(void)
 
 int main(struct boot *boot)
 {
+	bool opened;
+
 	(void)boot;
 	if (!check(loop_start(&net), "net", "network card found and started") ||
 	    !check(block_find(&disk, 0) && block_start(&disk, 0), "disk", "disk found and started"))
 		return finish();
-	if (!check(journal_open(&disk, arg_number("journal", net.isn * 0x9e3779b97f4a7c15 | 1)), "journal",
-		   "%lu records replayed", journal_stats.replayed))
+	opened = journal_open(&disk, arg_number("journal", net.isn * 0x9e3779b97f4a7c15 | 1));
+	if (!check(opened, "journal", "%lu records replayed", journal_stats.replayed))
 		return finish();
 	printf("# state seq %lu hash %016lx\n", ledger.seq, ledger_hash());
 	net_serve(&net, (struct net_service){ PORT, serve, take_datagram });

@@ -592,8 +592,8 @@ static void tcp_transmit(struct net *n, struct tcp_conn *c)
 		if (fin)
 			break;
 	}
-	/* Data waits for a window and nothing is in flight: the timer probes. */
-	if (!c->timer_ms && !c->fin_acked && c->snd_una == c->snd_max && c->snd_una != c->tx_released)
+	/* What waits for a window or a frame buffer is tried again by the timer. */
+	if (!c->timer_ms && !c->fin_acked && (c->snd_una != c->snd_max || c->snd_una != c->tx_released))
 		arm(n, c, c->rto_ms);
 	/* A window that was nearly closed and has opened again is worth an ACK of its own. */
 	if (c->need_ack || (!c->fin_received && c->rcv_edge - c->rcv_nxt < NET_RX_RING / 2 &&
