@@ -97,6 +97,10 @@ func (m *Machine) Resume(ctx context.Context) error {
 // Reset resets the machine as its reset button would: memory keeps its content, and the
 // firmware or kernel is loaded anew.
 func (m *Machine) Reset(ctx context.Context) error {
+	if !m.source.Anywhere() {
+		// A reset is an input of a guest that is recorded.
+		return m.press("reset button", func(b buttons) { b.PressReset() })
+	}
 	return m.do(ctx, m.reset)
 }
 
@@ -112,17 +116,30 @@ func (m *Machine) Quit() {
 
 // PowerButton presses the guest's power button: an operating system shuts down.
 func (m *Machine) PowerButton() error {
-	p, ok := m.source.(interface{ PressPowerButton() })
+	err := m.press("power button", func(b buttons) { b.PressPowerButton() })
+	if err == nil {
+		m.event("power-button", nil)
+	}
+	return err
+}
+
+// buttons are what an input source offers to press.
+type buttons interface {
+	PressPowerButton()
+	PressReset()
+}
+
+func (m *Machine) press(what string, f func(buttons)) error {
+	b, ok := m.source.(buttons)
 	if !ok {
-		return errors.New("vmm: this input source has no power button")
+		return fmt.Errorf("vmm: this input source has no %s", what)
 	}
 	select {
 	case <-m.done:
 		return ErrEnded
 	default:
 	}
-	p.PressPowerButton()
-	m.event("power-button", nil)
+	f(b)
 	return nil
 }
 
@@ -136,6 +153,7 @@ type Stats struct {
 	Emulated    uint64 `json:"emulated"`    // instructions that KVM could not emulate and we did
 	UnknownMSRs uint64 `json:"unknown_msrs"`
 	Resets      uint64 `json:"resets"`
+	Landings    uint64 `json:"landings"` // asynchronous stops of a recording that were reached
 }
 
 // Status is a machine's state at a glance.

@@ -38,6 +38,8 @@ const (
 	InputConsole                          // console Device receives the bytes Data
 	InputEntropy                          // request Tag of the random device gets the bytes Data
 	InputPowerButton                      // the power button is pressed
+	InputReset                            // the reset button is pressed
+	InputStop                             // the machine ends with ExitQuit when this stop is complete: a replay's end
 )
 
 // Input is something from outside that changes guest state.

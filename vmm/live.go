@@ -325,6 +325,9 @@ func (l *Live) postConsole(c int, p []byte) {
 // PressPowerButton posts the press. Any goroutine may call it.
 func (l *Live) PressPowerButton() { l.post(Input{Kind: InputPowerButton}) }
 
+// PressReset posts a press of the reset button. Any goroutine may call it.
+func (l *Live) PressReset() { l.post(Input{Kind: InputReset}) }
+
 // Disk starts a request on its backend.
 func (l *Live) Disk(device int, r *DiskRequest) {
 	tag := r.Tag

@@ -84,6 +84,16 @@ func (m *Machine) loop() error {
 			if err := m.waitHalted(); err != nil || m.exit != nil {
 				return err
 			}
+			if m.resetWanted {
+				continue
+			}
+		}
+		if m.stopWanted {
+			if err := m.completeAll(); err != nil || m.exit != nil {
+				return err
+			}
+			m.end(Exit{Reason: ExitQuit})
+			return nil
 		}
 		again, err := m.deliver()
 		if err != nil {
@@ -93,9 +103,18 @@ func (m *Machine) loop() error {
 			continue
 		}
 		m.source.Arm(m.clock.Next())
+		if m.async != nil {
+			if to, ok := m.async.Next(m.pos); ok {
+				if err := m.land(to); err != nil {
+					return err
+				}
+				continue
+			}
+		}
 		if !m.bell.enter() {
 			continue
 		}
+		m.named = false
 		errno := m.vcpu.Run()
 		m.bell.left()
 		if err := m.left(errno); err != nil {
@@ -113,10 +132,17 @@ func (m *Machine) attend() error {
 	}
 	if m.source.Anywhere() {
 		m.takeInputs()
-	} else {
-		m.inputsRung = true // at the next synchronous exit
+		return nil
 	}
-	return nil
+	m.inputsRung = true // at the next synchronous exit
+	if m.async == nil || m.named || !m.async.Due(m.pos) {
+		return nil
+	}
+	ok, err := m.name()
+	if ok {
+		m.takeInputs()
+	}
+	return err
 }
 
 // takeInputs takes and applies the inputs for the present stop.
@@ -153,10 +179,19 @@ func (m *Machine) left(errno unix.Errno) error {
 	if m.run.ExitReason == kvm.ExitIRQWindowOpen || m.run.ExitReason == kvm.ExitIntr {
 		m.incomplete = false
 		m.stats.Windows++
+		if m.async != nil {
+			return m.window()
+		}
 		return nil
 	}
 	m.pos = Position{Exit: m.pos.Exit + 1}
+	m.named, m.noWindow = true, false
 	m.stats.Exits++
+	if m.counter != nil {
+		if err := m.counter.Restart(); err != nil {
+			return err
+		}
+	}
 	if m.inputsRung || m.bell.Rung() || m.source.EveryStop() {
 		if m.bell.answer() {
 			// Commands wait until the exit is complete.
@@ -181,6 +216,11 @@ func (m *Machine) deliver() (again bool, err error) {
 		if done, err := m.complete(); err != nil || !done {
 			return true, err
 		}
+	}
+	if !m.named && !m.source.Anywhere() {
+		// This stop has no name, so that another run would not have it: what is due waits.
+		m.run.SetInterruptWindow(m.async != nil && !m.noWindow)
+		return false, nil
 	}
 	if m.nmi {
 		m.nmi = false
@@ -210,11 +250,27 @@ func (m *Machine) deliver() (again bool, err error) {
 	}
 	// Where stops must have names the vector waits for the next one: where the window opens
 	// is not the same on two hosts.
-	m.run.SetInterruptWindow(m.source.Anywhere())
+	m.run.SetInterruptWindow(m.source.Anywhere() || m.async != nil && !m.noWindow)
 	return false, nil
 }
 
 // complete finishes the instruction that caused the last exit, without entering the
+// window names the stop at which the guest can take an interrupt that waits. If it
+// cannot be named the interrupt waits for the next synchronous exit.
+func (m *Machine) window() error {
+	if !m.async.Due(m.pos) {
+		m.noWindow = true
+		return nil
+	}
+	ok, err := m.name()
+	if ok {
+		m.takeInputs()
+	} else {
+		m.noWindow = true
+	}
+	return err
+}
+
 // guest further. done is false if it caused another exit, which has been handled.
 func (m *Machine) complete() (done bool, err error) {
 	m.run.SetImmediateExit(true)
@@ -224,6 +280,9 @@ func (m *Machine) complete() (done bool, err error) {
 	}
 	m.run.SetImmediateExit(false)
 	return !m.incomplete, nil
+	if !m.incomplete {
+		m.named = true // the guest has not gone further than its exit
+	}
 }
 
 // completeAll completes the last exit, handling those that this causes.
@@ -422,6 +481,9 @@ func (m *Machine) waitHalted() error {
 			if err := m.commands(); err != nil {
 				return err
 			}
+		if m.resetWanted || m.stopWanted {
+			return nil
+		}
 			if m.exit != nil || !m.halted { // a reset ends the wait too
 				return nil
 			}

@@ -97,6 +97,11 @@ type Config struct {
 	// Source and Sink replace the Live source that New makes from the backends.
 	Source InputSource
 	Sink   OutputSink
+	// Wrap, if set, puts a source and a sink between the machine and those that it would have.
+	Wrap func(InputSource, OutputSink) (InputSource, OutputSink)
+	// Counter gives names to stops between synchronous exits, for a source that is an
+	// [AsyncSource]; "" is CounterNone.
+	Counter CounterKind
 }
 
 // Machine is one guest. See the package comment.
@@ -140,12 +145,17 @@ type Machine struct {
 	inputs       []Input
 	resetWanted  bool // the guest has asked for a reset, which happens at the end of this stop
 	exit         *Exit
+	stopWanted   bool // the source has asked for the end of the run
+	named        bool // this stop has a position that another run of the guest reaches too
+	noWindow     bool // until the next exit: where the guest can take interrupts has no name
 	stats        Stats
 	powerOnCPU   *CPUState // the vCPU as KVM creates it
 
 	source  InputSource
 	sink    OutputSink
-	live    *Live // the source and sink, when New made them
+	counter Counter     // nil: none
+	async   AsyncSource // the source, of a machine with a counter
+	live    *Live       // the source and sink, when New made them
 	bell    Bell
 	queue   chan command
 	started atomic.Bool
@@ -173,7 +183,7 @@ func New(cfg Config) (*Machine, error) {
 	if len(cfg.Serial) > MaxSerial {
 		return nil, fmt.Errorf("vmm: %d serial ports asked for, at most %d", len(cfg.Serial), MaxSerial)
 	}
-	m := &Machine{cfg: cfg, queue: make(chan command, maxCommands), done: make(chan struct{})}
+	m := &Machine{cfg: cfg, named: true, queue: make(chan command, maxCommands), done: make(chan struct{})}
 	if err := m.build(); err != nil {
 		m.Close()
 		return nil, err
@@ -227,6 +237,9 @@ func (m *Machine) build() error {
 		return err
 	}
 	m.source.Attach(&m.bell)
+	if err := m.count(); err != nil {
+		return err
+	}
 	return m.powerOn()
 }
 
@@ -256,9 +269,29 @@ func (m *Machine) connect() error {
 		m.live, m.source, m.sink = live, live, live
 	}
 	return nil
+	if m.cfg.Wrap != nil {
+		m.source, m.sink = m.cfg.Wrap(m.source, m.sink)
+	}
 }
 
 // consoleRoom returns how many bytes a console's device can take now.
+// count makes the counter.
+func (m *Machine) count() error {
+	switch m.cfg.Counter {
+	case "", CounterNone:
+		return nil
+	case CounterEmulated:
+		c, err := newEmulated(m.vcpu)
+		if err != nil {
+			return err
+		}
+		m.counter = c
+		m.async, _ = m.source.(AsyncSource)
+		return c.Restart()
+	}
+	return fmt.Errorf("vmm: there is no counter %q", m.cfg.Counter)
+}
+
 func (m *Machine) consoleRoom(i int) int {
 	switch {
 	case i < len(m.uarts):
@@ -276,6 +309,9 @@ func (m *Machine) Close() error {
 		errs = append(errs, m.live.Close())
 	}
 	if m.vcpu != nil {
+	if m.counter != nil {
+		errs = append(errs, m.counter.Close())
+	}
 		errs = append(errs, m.vcpu.Close())
 	}
 	if m.vm != nil {
@@ -330,6 +366,10 @@ func (m *Machine) apply(in *Input) {
 	case InputPowerButton:
 		m.chipset.PressPowerButton()
 	}
+	case InputReset:
+		m.resetWanted = true
+	case InputStop:
+		m.stopWanted = true
 }
 
 // reset is a system reset: every device as at power-on, memory as it is.

@@ -215,6 +215,15 @@ func (m *Machine) setState(s *State) error {
 // match says how the saved machine differs from this one.
 func (f Fingerprint) match(s Fingerprint) error {
 	if fmt.Sprint(f.Memory) != fmt.Sprint(s.Memory) {
+// Fingerprint returns what a machine must have to take this one's state.
+func (m *Machine) Fingerprint() Fingerprint { return m.fingerprint() }
+
+// State returns the state of a machine that does not run.
+func (m *Machine) State() (*State, error) { return m.state() }
+
+// Match says how a machine with the fingerprint f differs from one with s.
+func (f Fingerprint) Match(s Fingerprint) error { return f.match(s) }
+
 		return fmt.Errorf("vmm: the saved machine's memory is %v, this one's %v: give it the same memory and firmware", s.Memory, f.Memory)
 	}
 	if fmt.Sprint(f.Devices) != fmt.Sprint(s.Devices) {

@@ -33,7 +33,11 @@ type guestDebug struct {
 const (
 	guestDebugEnable     = 1
 	guestDebugSingleStep = 2
+	guestDebugHardware   = 0x20000
 )
+
+// breakpoint0 is a DR7 that makes DR0 an execution breakpoint, beside the bit that is always set.
+const breakpoint0 = 1<<10 | 1<<1
 
 // SetSingleStep makes KVM_RUN return with [ExitDebug] after each guest instruction, or no more.
 func (v *VCPU) SetSingleStep(on bool) error {
@@ -41,6 +45,14 @@ func (v *VCPU) SetSingleStep(on bool) error {
 	if on {
 		d.control = guestDebugEnable | guestDebugSingleStep
 	}
+	return v.do("set guest debug", ioSetGuestDebug, unsafe.Pointer(&d))
+}
+
+// SetBreakpoint makes KVM_RUN return with [ExitDebug] before the guest executes the instruction at the
+// linear address, until SetSingleStep or SetBreakpoint says otherwise.
+func (v *VCPU) SetBreakpoint(addr uint64) error {
+	d := guestDebug{control: guestDebugEnable | guestDebugHardware}
+	d.registers[0], d.registers[7] = addr, breakpoint0
 	return v.do("set guest debug", ioSetGuestDebug, unsafe.Pointer(&d))
 }
 

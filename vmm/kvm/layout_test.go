@@ -66,7 +66,7 @@ func TestLayoutsAndNumbersMatchTheKernelHeader(t *testing.T) {
 		{"KVM_CAP_X86_MSR_FILTER", CapX86MSRFilter}, {"KVM_CAP_XSAVE2", CapXSave2}, {"KVM_CAP_TSC_CONTROL", CapTSCControl},
 		{"KVM_CAP_SET_IDENTITY_MAP_ADDR", CapSetIdentityMapAddr}, {"KVM_CAP_DEBUGREGS", CapDebugRegs}, {"KVM_CAP_XCRS", CapXCRS},
 		{"sizeof(struct kvm_guest_debug)", unsafe.Sizeof(guestDebug{})}, {"KVM_SET_GUEST_DEBUG", ioSetGuestDebug},
-		{"KVM_GUESTDBG_ENABLE", guestDebugEnable}, {"KVM_GUESTDBG_SINGLESTEP", guestDebugSingleStep}, {"KVM_EXIT_DEBUG", ExitDebug},
+		{"KVM_GUESTDBG_ENABLE", guestDebugEnable}, {"KVM_GUESTDBG_SINGLESTEP", guestDebugSingleStep}, {"KVM_GUESTDBG_USE_HW_BP", guestDebugHardware}, {"KVM_EXIT_DEBUG", ExitDebug},
 		{"KVM_GET_STATS_FD", ioGetStatsFD}, {"KVM_CAP_BINARY_STATS_FD", CapBinaryStatsFD},
 		{"sizeof(struct kvm_stats_header)", unsafe.Sizeof(statsHeader{})}, {"sizeof(struct kvm_stats_desc)", unsafe.Sizeof(statsDesc{})},
 		{"offsetof(struct kvm_stats_header, desc_offset)", unsafe.Offsetof(statsHeader{}.descOffset)},
