@@ -15,6 +15,7 @@ import (
 // Opcodes of the helper.
 const (
 	opFWAIT = 0x9b
+	opIRET  = 0xcf
 )
 
 // handleInternalError tries to finish an instruction that KVM could not; else the guest has crashed.
@@ -32,6 +33,13 @@ func (m *Machine) handleInternalError() error {
 	var insn []byte
 	if e.NData > 0 && e.Flags&1 != 0 {
 		insn = e.InsnBytes[:min(int(e.InsnSize), len(e.InsnBytes))]
+	}
+	if len(insn) > 0 && insn[0] == opIRET {
+		if done, err := m.finishIRET(); done || err != nil {
+			m.observe(ExitRecord{Kind: KindEmulated, Addr: regs.RIP, Size: 1})
+			m.stats.Emulated++
+			return err
+		}
 	}
 	n := m.emulate(insn)
 	if n == 0 {

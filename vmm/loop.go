@@ -241,6 +241,7 @@ func (m *Machine) deliver() (again bool, err error) {
 		if err := m.vcpu.Interrupt(uint8(vector)); err != nil {
 			return false, err
 		}
+		m.injected = injection{uint8(vector), m.pos.Exit + 1}
 		m.stats.Interrupts++
 		m.run.ReadyForInterruptInjection = 0 // until the next exit tells again
 		if _, _, ok := m.apic.Pending(); !ok {
@@ -254,7 +255,6 @@ func (m *Machine) deliver() (again bool, err error) {
 	return false, nil
 }
 
-// complete finishes the instruction that caused the last exit, without entering the
 // window names the stop at which the guest can take an interrupt that waits. If it
 // cannot be named the interrupt waits for the next synchronous exit.
 func (m *Machine) window() error {
@@ -271,6 +271,7 @@ func (m *Machine) window() error {
 	return err
 }
 
+// complete finishes the instruction that caused the last exit, without entering the
 // guest further. done is false if it caused another exit, which has been handled.
 func (m *Machine) complete() (done bool, err error) {
 	m.run.SetImmediateExit(true)
@@ -279,10 +280,10 @@ func (m *Machine) complete() (done bool, err error) {
 		return false, err
 	}
 	m.run.SetImmediateExit(false)
-	return !m.incomplete, nil
 	if !m.incomplete {
 		m.named = true // the guest has not gone further than its exit
 	}
+	return !m.incomplete, nil
 }
 
 // completeAll completes the last exit, handling those that this causes.
@@ -350,6 +351,11 @@ func (m *Machine) handle() error {
 		m.incomplete = false
 		m.observe(ExitRecord{Kind: KindSetTPR, Data: m.run.CR8})
 	case kvm.ExitShutdown:
+		if done, err := m.finishInterrupt(); done || err != nil {
+			m.observe(ExitRecord{Kind: KindEmulated, Addr: uint64(m.injected.vector)})
+			m.stats.Emulated++
+			return err
+		}
 		m.observe(ExitRecord{Kind: KindShutdown})
 		m.crash("triple fault")
 	case kvm.ExitInternalError:
@@ -475,15 +481,15 @@ func (m *Machine) waitHalted() error {
 			m.halted = false
 			return nil
 		}
+		if m.resetWanted || m.stopWanted {
+			return nil
+		}
 		m.source.Wait(m.pos, m.clock.Next())
 		if m.bell.answer() || m.commandsRung {
 			m.commandsRung = false
 			if err := m.commands(); err != nil {
 				return err
 			}
-		if m.resetWanted || m.stopWanted {
-			return nil
-		}
 			if m.exit != nil || !m.halted { // a reset ends the wait too
 				return nil
 			}

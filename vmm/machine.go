@@ -140,14 +140,15 @@ type Machine struct {
 	incomplete   bool // the last exit's instruction is not complete
 	halted       bool // in a HLT
 	nmi          bool // an NMI is to be injected
+	injected     injection
 	inputsRung   bool // inputs may wait for the next synchronous exit
 	commandsRung bool // commands may wait for the end of this stop
 	inputs       []Input
 	resetWanted  bool // the guest has asked for a reset, which happens at the end of this stop
-	exit         *Exit
 	stopWanted   bool // the source has asked for the end of the run
 	named        bool // this stop has a position that another run of the guest reaches too
 	noWindow     bool // until the next exit: where the guest can take interrupts has no name
+	exit         *Exit
 	stats        Stats
 	powerOnCPU   *CPUState // the vCPU as KVM creates it
 
@@ -236,10 +237,10 @@ func (m *Machine) build() error {
 	if err := m.board(); err != nil {
 		return err
 	}
-	m.source.Attach(&m.bell)
 	if err := m.count(); err != nil {
 		return err
 	}
+	m.source.Attach(&m.bell)
 	return m.powerOn()
 }
 
@@ -268,13 +269,12 @@ func (m *Machine) connect() error {
 		live.consoleRoom = m.consoleRoom
 		m.live, m.source, m.sink = live, live, live
 	}
-	return nil
 	if m.cfg.Wrap != nil {
 		m.source, m.sink = m.cfg.Wrap(m.source, m.sink)
 	}
+	return nil
 }
 
-// consoleRoom returns how many bytes a console's device can take now.
 // count makes the counter.
 func (m *Machine) count() error {
 	switch m.cfg.Counter {
@@ -292,6 +292,7 @@ func (m *Machine) count() error {
 	return fmt.Errorf("vmm: there is no counter %q", m.cfg.Counter)
 }
 
+// consoleRoom returns how many bytes a console's device can take now.
 func (m *Machine) consoleRoom(i int) int {
 	switch {
 	case i < len(m.uarts):
@@ -308,10 +309,10 @@ func (m *Machine) Close() error {
 	if m.live != nil {
 		errs = append(errs, m.live.Close())
 	}
-	if m.vcpu != nil {
 	if m.counter != nil {
 		errs = append(errs, m.counter.Close())
 	}
+	if m.vcpu != nil {
 		errs = append(errs, m.vcpu.Close())
 	}
 	if m.vm != nil {
@@ -365,11 +366,11 @@ func (m *Machine) apply(in *Input) {
 		m.entropy.Complete(in.Tag, in.Data)
 	case InputPowerButton:
 		m.chipset.PressPowerButton()
-	}
 	case InputReset:
 		m.resetWanted = true
 	case InputStop:
 		m.stopWanted = true
+	}
 }
 
 // reset is a system reset: every device as at power-on, memory as it is.

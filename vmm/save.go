@@ -208,13 +208,13 @@ func (m *Machine) setState(s *State) error {
 			return fmt.Errorf("vmm: restore %s: %w", c.name, err)
 		}
 	}
-	m.pos, m.halted, m.nmi, m.incomplete = s.Position, s.Halted, s.NMI, false
+	m.pos, m.halted, m.nmi, m.incomplete, m.named = s.Position, s.Halted, s.NMI, false, true
+	if s.CPU.Events.I.Inject != 0 {
+		m.injected = injection{s.CPU.Events.I.Nr, m.pos.Exit + 1}
+	}
 	return m.setCPU(&s.CPU)
 }
 
-// match says how the saved machine differs from this one.
-func (f Fingerprint) match(s Fingerprint) error {
-	if fmt.Sprint(f.Memory) != fmt.Sprint(s.Memory) {
 // Fingerprint returns what a machine must have to take this one's state.
 func (m *Machine) Fingerprint() Fingerprint { return m.fingerprint() }
 
@@ -224,6 +224,9 @@ func (m *Machine) State() (*State, error) { return m.state() }
 // Match says how a machine with the fingerprint f differs from one with s.
 func (f Fingerprint) Match(s Fingerprint) error { return f.match(s) }
 
+// match says how the saved machine differs from this one.
+func (f Fingerprint) match(s Fingerprint) error {
+	if fmt.Sprint(f.Memory) != fmt.Sprint(s.Memory) {
 		return fmt.Errorf("vmm: the saved machine's memory is %v, this one's %v: give it the same memory and firmware", s.Memory, f.Memory)
 	}
 	if fmt.Sprint(f.Devices) != fmt.Sprint(s.Devices) {
