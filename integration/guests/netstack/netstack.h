@@ -30,6 +30,8 @@
 #include "rt.h"
 #endif
 
+/* A guest's whole image has to lie below 16 MiB, all that the runtime maps at first; the
+ * rings of the connections are most of it. */
 enum {
 	NET_CONNS = 64,             /* TCP connections, TIME_WAIT included */
 	NET_RX_RING = 64 * 1024,    /* bytes received and not yet read, a power of two */
