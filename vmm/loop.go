@@ -241,7 +241,6 @@ func (m *Machine) deliver() (again bool, err error) {
 		if err := m.vcpu.Interrupt(uint8(vector)); err != nil {
 			return false, err
 		}
-		m.injected = injection{uint8(vector), m.pos.Exit + 1}
 		m.stats.Interrupts++
 		m.run.ReadyForInterruptInjection = 0 // until the next exit tells again
 		if _, _, ok := m.apic.Pending(); !ok {
@@ -351,11 +350,6 @@ func (m *Machine) handle() error {
 		m.incomplete = false
 		m.observe(ExitRecord{Kind: KindSetTPR, Data: m.run.CR8})
 	case kvm.ExitShutdown:
-		if done, err := m.finishInterrupt(); done || err != nil {
-			m.observe(ExitRecord{Kind: KindEmulated, Addr: uint64(m.injected.vector)})
-			m.stats.Emulated++
-			return err
-		}
 		m.observe(ExitRecord{Kind: KindShutdown})
 		m.crash("triple fault")
 	case kvm.ExitInternalError:

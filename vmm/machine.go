@@ -140,7 +140,6 @@ type Machine struct {
 	incomplete   bool // the last exit's instruction is not complete
 	halted       bool // in a HLT
 	nmi          bool // an NMI is to be injected
-	injected     injection
 	inputsRung   bool // inputs may wait for the next synchronous exit
 	commandsRung bool // commands may wait for the end of this stop
 	inputs       []Input

@@ -209,9 +209,6 @@ func (m *Machine) setState(s *State) error {
 		}
 	}
 	m.pos, m.halted, m.nmi, m.incomplete, m.named = s.Position, s.Halted, s.NMI, false, true
-	if s.CPU.Events.I.Inject != 0 {
-		m.injected = injection{s.CPU.Events.I.Nr, m.pos.Exit + 1}
-	}
 	return m.setCPU(&s.CPU)
 }
 
