@@ -16,6 +16,7 @@
  *	bootsector
  *	ok read BBBB sum SSSSSSSS	(hexadecimal)
  *
+ * (begun on a new line, since firmware may have left the cursor anywhere on it)
  * or "FAIL read BBBB error EE": the block it failed at, INT 13h's status in AH.
  */
 	.code16
@@ -71,6 +72,7 @@ next:
 	jmp read
 
 done:
+	cli			/* or firmware's timer tick writes in between */
 	movw $ok, %si
 	call print
 	movw blocks, %ax
@@ -88,6 +90,7 @@ done:
 	jmp exit
 
 failed:
+	cli
 	movb %ah, %bl
 	movw $fail, %si
 	call print
@@ -158,9 +161,9 @@ print_both:
 	jmp print_both
 
 hello:	.asciz "bootsector\n"
-ok:	.asciz "ok read "
+ok:	.asciz "\nok read "
 sum:	.asciz " sum "
-fail:	.asciz "FAIL read "
+fail:	.asciz "\nFAIL read "
 error:	.asciz " error "
 drive:	.byte 0
 

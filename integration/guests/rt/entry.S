@@ -7,18 +7,18 @@
  */
 #include "layout.h"
 
+#ifdef MULTIBOOT
+/* Multiboot 1 header; flag bit 1: pass the memory map. */
+	.section .multiboot, "a"
+	.balign 4
+	.long 0x1badb002, 2, -(0x1badb002 + 2)
+#else
 /* PVH: XEN_ELFNOTE_PHYS32_ENTRY, the 32-bit entry point. */
 	.section .note.pvh, "a", @note
 	.balign 4
 	.long 4, 8, 18
 	.asciz "Xen"
 	.quad start32
-
-#ifdef MULTIBOOT
-/* Multiboot 1 header; flag bit 1: pass the memory map. */
-	.section .multiboot, "a"
-	.balign 4
-	.long 0x1badb002, 2, -(0x1badb002 + 2)
 #endif
 
 	.section .text.entry, "ax"

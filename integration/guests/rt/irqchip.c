@@ -55,8 +55,13 @@ u16 pic_isr(void) { return pic_register(OCW3_READ_ISR); }
 
 #define SVR_ENABLE 0x100
 
+/* The 8259A is silent meanwhile: an interrupt of firmware's that is pending by LINT0
+ * when that is masked makes QEMU deliver vector -1. */
 void lapic_init(void)
 {
+	u8 imr = inb(PIC1 + 1);
+
+	outb(PIC1 + 1, 0xff);
 	irq_handle(LAPIC_SPURIOUS, NULL, EOI_NONE);
 	lapic_write(LAPIC_DFR, 0xffffffff);
 	lapic_write(LAPIC_LDR, 1u << 24);
@@ -66,6 +71,7 @@ void lapic_init(void)
 	lapic_write(LAPIC_LVT_LINT0, LVT_MASKED);
 	lapic_write(LAPIC_LVT_LINT1, LVT_MASKED);
 	lapic_write(LAPIC_LVT_ERROR, LVT_MASKED);
+	outb(PIC1 + 1, imr);
 }
 
 void pic_wire(void) { lapic_write(LAPIC_LVT_LINT0, LVT_EXTINT); }

@@ -62,11 +62,11 @@ extern struct boot rt_boot;
 /* Every guest defines it; its result goes to rt_exit. */
 int main(struct boot *);
 
-/* Ends the VM with a status on port 0xf4 (ftvmm exits with 32+status, QEMU with
+/* Ends the VM with a status on port 0xf4 (ftvmm exits with 32+status, which must be below 32, QEMU with
  * 2*status+1), or halts for good where that port does nothing. */
 void rt_exit(int status) __attribute__((noreturn));
 #define RT_STATUS_FAILED 1 /* a claim failed */
-#define RT_STATUS_TRAP 99  /* an unexpected exception or interrupt */
+#define RT_STATUS_TRAP 30  /* an unexpected exception or interrupt */
 
 /* arg looks for "key=value" or a bare "key" among the words of the command
  * line: the value (valid until the next 8 calls), "" for a bare key, NULL if

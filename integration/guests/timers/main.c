@@ -8,7 +8,8 @@
  * is, and is exact to an exit's time on a fast one.
  *
  *	strict     also claim what QEMU does not promise: that no periodic interrupt
- *	           is lost, that the PIT has a null count and a gate in mode 0
+ *	           is lost (which takes a host with time to spare), that the PIT has a null
+ *	           count, and a gate in mode 0
  *	ms=50      length of each measurement, 10 to 1000
  *	no=rtc     leave out the parts that need whole seconds
  *
@@ -53,8 +54,11 @@ static void wait_ticks(u64 ticks)
 
 /* ---- PM timer ---- */
 
+#define FADT_TMR_VAL_EXT (1u << 8)
+
 static void test_pm(void)
 {
+	struct acpi_fadt *fadt = (void *)acpi_table("FACP");
 	u64 last = pm_now(), distinct = 0;
 	bool monotonic = true;
 
@@ -68,7 +72,8 @@ static void test_pm(void)
 	}
 	check(monotonic, "pm-monotonic", "2000 readings");
 	check(distinct > 0, "pm-runs", "it moves");
-	check(inl(pmtimer_port()) >> 24 == 0, "pm-24-bit", "upper byte zero");
+	check((fadt && fadt->flags & FADT_TMR_VAL_EXT) || inl(pmtimer_port()) >> 24 == 0, "pm-width",
+	      "32 bits, or the upper byte zero");
 }
 
 /* ---- PIT ---- */
@@ -176,7 +181,8 @@ static void test_pit_gate(void)
 	check(a == b, "pit2-gate", "gate low stops the count");
 }
 
-/* Interrupts of a periodic source while interrupts are on for ms milliseconds. */
+/* Interrupts of a periodic source while interrupts are on for ms milliseconds, or
+ * longer until the first has come: QEMU may be slow to run its timers. */
 static u64 count_interrupts(u8 vector, u64 ms, struct bracket *start, struct bracket *end)
 {
 	u64 before, n;
@@ -186,6 +192,8 @@ static u64 count_interrupts(u8 vector, u64 ms, struct bracket *start, struct bra
 	before = irq_count[vector];
 	start->after = pm_now();
 	wait_ticks(ms_ticks(ms));
+	while (irq_count[vector] == before && pm_now() - start->before < 10 * PMTIMER_HZ)
+		;
 	end->before = pm_now();
 	n = irq_count[vector] - before;
 	rt_interrupts(false);
