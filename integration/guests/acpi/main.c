@@ -20,9 +20,10 @@ static struct acpi_fadt *fadt;
 static void dump(const char *signature, const void *data, u32 length)
 {
 	const u8 *p = data;
+	char name[5] = { signature[0], signature[1], signature[2], signature[3] };
 
 	for (u32 i = 0; i < length; i += 32) {
-		printf("hex %.4s %04x ", signature, i);
+		printf("hex %s %04x ", name, i);
 		for (u32 j = i; j < i + 32 && j < length; j++)
 			printf("%02x", p[j]);
 		printf("\n");

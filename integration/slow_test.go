@@ -1,0 +1,5 @@
+//go:build slow
+
+package integration
+
+const slow = true
