@@ -111,6 +111,7 @@ func (m *Machine) loop() error {
 				continue
 			}
 		}
+		m.slice.enter()
 		if !m.bell.enter() {
 			continue
 		}

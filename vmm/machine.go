@@ -136,6 +136,7 @@ type Machine struct {
 	cpuid      []kvm.CPUIDEntry
 
 	// State of the loop.
+	slice        slice
 	pos          Position
 	incomplete   bool // the last exit's instruction is not complete
 	halted       bool // in a HLT
