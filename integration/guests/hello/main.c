@@ -15,6 +15,9 @@ int main(struct boot *boot)
 	printf("cmdline: %s\n", boot->cmdline);
 	check(boot->loader != LOADER_NONE, "loader", "%s", loaders[boot->loader]);
 	check(ram >= 1 << 20, "memory", "map with %s of RAM", ram >= 1 << 20 ? "a megabyte or more" : "next to nothing");
+	if (boot->module_size)
+		printf("module: %lu bytes, sum %016lx\n", boot->module_size,
+		       fnv1a(FNV_START, (void *)boot->module, boot->module_size));
 	for (u32 i = 0; i < boot->mem_count; i++)
 		printf("# memory %#lx size %#lx type %u\n", boot->mem[i].start, boot->mem[i].size, boot->mem[i].type);
 	return finish();

@@ -27,6 +27,7 @@
 start32:
 	cli
 	cld
+	movl $rt_kernel_stack_top, %esp	/* the loader's may be beyond what is mapped first */
 	movl %eax, rt_boot_eax
 	movl %ebx, rt_boot_ebx
 

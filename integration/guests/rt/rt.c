@@ -31,10 +31,14 @@ struct pvh_memmap {
 
 #define MULTIBOOT_MAGIC 0x2badb002u
 #define MULTIBOOT_CMDLINE (1u << 2)
+#define MULTIBOOT_MODS (1u << 3)
 #define MULTIBOOT_MMAP (1u << 6)
 struct multiboot_info {
 	u32 flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr, syms[4];
 	u32 mmap_length, mmap_addr;
+};
+struct multiboot_module {
+	u32 start, end, string, reserved;
 };
 struct multiboot_mmap {
 	u32 size;
@@ -71,6 +75,12 @@ static void read_boot_info(void)
 		rt_boot.loader = LOADER_MULTIBOOT;
 		if (mb->flags & MULTIBOOT_CMDLINE)
 			copy_cmdline(mb->cmdline);
+		if (mb->flags & MULTIBOOT_MODS && mb->mods_count) {
+			const struct multiboot_module *module = (void *)(u64)mb->mods_addr;
+
+			rt_boot.module = module->start;
+			rt_boot.module_size = module->end - module->start;
+		}
 		if (mb->flags & MULTIBOOT_MMAP) {
 			u64 at = mb->mmap_addr, end = at + mb->mmap_length;
 

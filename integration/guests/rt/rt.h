@@ -55,7 +55,7 @@ struct boot {
 	u64 rsdp;            /* address, 0 when the loader gave none */
 	struct mem_range mem[64];
 	u32 mem_count;
-	u64 module, module_size; /* the first PVH module, 0 when none */
+	u64 module, module_size; /* the first module, 0 when none */
 };
 extern struct boot rt_boot;
 
