@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -88,9 +89,15 @@ type exitDocument struct {
 	ExitCode int    `json:"exit_code"`
 }
 
+// ioSlots is how many of Go's scheduler slots there are beyond one for each processor. A thread that
+// waits in a system call, as the vCPU's does in the guest and those of disks do for their data, keeps
+// its slot until the runtime's monitor comes by: with few slots, requests to the host would wait for it.
+const ioSlots = 8
+
 // runMachine runs the guest, again and again if its configuration says so, and returns run's
 // exit code.
 func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string) (int, error) {
+	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + ioSlots)
 	var events *event.Emitter
 	if g.Events != "" {
 		var err error
