@@ -137,6 +137,7 @@ type Machine struct {
 
 	// State of the loop.
 	slice        slice
+	record       ExitRecord // lent to Config.Observe
 	pos          Position
 	incomplete   bool // the last exit's instruction is not complete
 	halted       bool // in a HLT

@@ -35,6 +35,7 @@ type ExitRecord struct {
 func (m *Machine) observe(r ExitRecord) {
 	if m.cfg.Observe != nil {
 		r.Pos, r.Regs = m.pos, &m.run.Sync.Regs
-		m.cfg.Observe(&r)
+		m.record = r // a pointer to r itself would put every record on the heap
+		m.cfg.Observe(&m.record)
 	}
 }
