@@ -14,6 +14,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// slowRuns is the most runs of a slow group.
+const slowRuns = 3
+
 // figure is one line of the table.
 type figure struct {
 	name  string
@@ -116,7 +119,11 @@ func (b *bench) measure(ctx context.Context, groups []group, o options) ([]resul
 		if len(g.figures) > 1 {
 			name += " and others"
 		}
-		if err := b.sample(ctx, g, name, o.runs, selected, index); err != nil {
+		runs := o.runs
+		if g.slow {
+			runs = min(runs, slowRuns)
+		}
+		if err := b.sample(ctx, g, name, runs, selected, index); err != nil {
 			if ctx.Err() != nil {
 				return all, ctx.Err()
 			}
@@ -159,7 +166,7 @@ func (b *bench) sample(ctx context.Context, g group, name string, runs int, sele
 				} else {
 					r.qemu = append(r.qemu, values[index[j]])
 				}
-				fmt.Fprintf(&line, " %.4g", values[index[j]]/r.scale)
+				fmt.Fprintf(&line, " %s", digits(values[index[j]]/r.scale))
 			}
 			b.logf("%s %d/%d %s:%s", name, i+1, runs, v.name(), line.String())
 		}
@@ -180,11 +187,19 @@ func printTable(to io.Writer, results []result) {
 		}
 		theirs, quotient := "-", "-"
 		if qemu != 0 {
-			theirs, quotient = fmt.Sprintf("%.4g", qemu), fmt.Sprintf("%.2f", ratio)
+			theirs, quotient = digits(qemu), fmt.Sprintf("%.3f", ratio)
 		}
-		fmt.Fprintf(w, "%s\t%.4g\t%s\t%s\t%s\t%s %g\t%s\t%s\n", r.name, ours, theirs, r.unit, quotient, sign, r.target, r.verdict(), r.what)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s %g\t%s\t%s\n", r.name, digits(ours), theirs, r.unit, quotient, sign, r.target, r.verdict(), r.what)
 	}
-	w.Flush()
+	_ = w.Flush() // standard output
+}
+
+// digits writes a number with what digits mean something.
+func digits(v float64) string {
+	if v >= 100 {
+		return fmt.Sprintf("%.0f", v)
+	}
+	return fmt.Sprintf("%.3g", v)
 }
 
 // document is the JSON form of a comparison.

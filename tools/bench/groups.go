@@ -105,19 +105,3 @@ func (m *machine) between(from, to string) (time.Duration, error) {
 	}
 	return ended.Sub(begun), nil
 }
-
-func measureSeaBIOS(ctx context.Context, b *bench, v vm) ([]float64, error) {
-	return timeTo(ctx, v, guest{}, "No bootable device")
-}
-
-// timeTo measures from process start until the guest has written text.
-func timeTo(ctx context.Context, v vm, g guest, text string) ([]float64, error) {
-	begun := time.Now()
-	m, err := start(ctx, v, g)
-	if err != nil {
-		return nil, err
-	}
-	defer m.kill()
-	_, last, err := m.when(text)
-	return []float64{last.Sub(begun).Seconds()}, err
-}

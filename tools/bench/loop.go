@@ -11,10 +11,13 @@ import (
 // loopBenchmark matches the lines of the benchmark of the vCPU loop.
 var loopBenchmark = regexp.MustCompile(`(?m)^BenchmarkExit/(\S+)\s+\d+\s+([\d.]+) ns/op.*?(\d+) allocs/op`)
 
+// loopTime is how long each kind of exit is measured.
+const loopTime = "200ms"
+
 // measureLoop runs the Go benchmark of the vCPU loop, and returns the slowest kind of exit and
 // the most allocations.
 func measureLoop(ctx context.Context, b *bench, _ vm) ([]float64, error) {
-	c := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkExit$", "-benchmem", "./vmm")
+	c := exec.CommandContext(ctx, "go", "test", "-run", "^$", "-bench", "^BenchmarkExit$", "-benchtime", loopTime, "-benchmem", "./vmm")
 	c.Dir = b.root
 	out, err := c.CombinedOutput()
 	if err != nil {

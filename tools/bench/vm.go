@@ -5,10 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -47,7 +44,9 @@ func (*ftvmm) name() string { return "ftvmm" }
 // debugExitBase is what ftvmm adds to the guest's status.
 const debugExitBase = 32
 
-func (*ftvmm) status(code int) (int, bool) { return code - debugExitBase, code >= debugExitBase && code < 64 }
+func (*ftvmm) status(code int) (int, bool) {
+	return code - debugExitBase, code >= debugExitBase && code < 64
+}
 
 func (f *ftvmm) command(g guest) []string {
 	c := []string{f.path, "run", "--memory", fmt.Sprint(memoryMiB, "M"), "--serial", "stdio"}
@@ -107,15 +106,7 @@ func (q *qemu) command(g guest) []string {
 
 // guestFile returns the path of a test guest's image, written to the run's folder.
 func (b *bench) guestFile(name string) (string, error) {
-	path := filepath.Join(b.dir, name+".elf")
-	if _, err := os.Stat(path); err == nil {
-		return path, nil
-	}
-	image, err := guests.Image(name)
-	if err != nil {
-		return "", err
-	}
-	return path, os.WriteFile(path, image, 0o600)
+	return b.file(name+".elf", func() ([]byte, error) { return guests.Image(name) })
 }
 
 // machine is a running virtual machine and what it has written to its serial port.
@@ -221,7 +212,7 @@ func (m *machine) wait() error {
 	}
 	code := m.cmd.ProcessState.ExitCode()
 	if status, ok := m.v.status(code); !ok || status != 0 {
-		return fmt.Errorf("%s ended with code %s:\n%s%s", m.cmd.Args[0], strconv.Itoa(code), m.out, m.log.Bytes())
+		return fmt.Errorf("%s ended with code %d:\n%s%s", m.cmd.Args[0], code, m.out, m.log.Bytes())
 	}
 	return nil
 }
