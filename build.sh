@@ -30,7 +30,7 @@ usage() {
 		  test [ARG…]     deps, build, then all tests but the slow ones; ARGs go to "go test"
 		  test-slow       as test, with the slow tests too (tag "slow")
 		  lint            gofmt, go vet, golangci-lint, purity, shellcheck where there is one
-		  bench [REGEXP]  benchmarks
+		  bench [ARG…]    compare with QEMU; see "go run ./tools/bench -help"
 		  fuzz [SECONDS]  every fuzz target in turn, SECONDS each (default 10)
 		  demo [ARG…]     deps, build, then "ftvmm demo"
 		  clean           remove $OUT
@@ -134,7 +134,7 @@ main() {
 	test) run_tests "$@" ./... ;;
 	test-slow) run_tests -tags slow -timeout 60m "$@" ./... ;;
 	lint) lint ;;
-	bench) go test -run '^$' -bench "${1:-.}" -benchmem ./... ;;
+	bench) exec go run ./tools/bench "$@" ;;
 	fuzz) fuzz "$@" ;;
 	demo)
 		deps
