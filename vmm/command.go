@@ -156,6 +156,12 @@ type Stats struct {
 	Landings    uint64 `json:"landings"` // asynchronous stops of a recording that were reached
 }
 
+// Stats returns the counts of a machine that does not run.
+func (m *Machine) Stats() Stats { return m.stats }
+
+// Position returns the last stop of a machine that does not run.
+func (m *Machine) Position() Position { return m.pos }
+
 // Status is a machine's state at a glance.
 type Status struct {
 	Name        string        `json:"name"`

@@ -14,6 +14,7 @@ import (
 
 	"github.com/zeebo/xxh3"
 
+	"github.com/ftvmm/ftvmm/devices/virtio/blk"
 	"github.com/ftvmm/ftvmm/vmm"
 )
 
@@ -54,3 +55,48 @@ func (d *Digest) Exit(r *vmm.ExitRecord) {
 
 // Sum returns the digest of all exits so far.
 func (d *Digest) Sum() Sum { return d.sum.Bytes() }
+
+// What is folded in beside exits, so that equal bytes of different meaning differ.
+const (
+	foldDisk = iota + 1
+	foldRead
+	foldFrame
+	foldConsole
+	foldEntropy
+)
+
+func (d *Digest) fold(what, device, a, b, c uint64, data []byte) {
+	p := d.buf[:0]
+	h := xxh3.Hash128(data)
+	for _, v := range [...]uint64{d.sum.Lo, d.sum.Hi, what << 56, device, a, b, c, uint64(len(data)), h.Lo, h.Hi} {
+		p = binary.LittleEndian.AppendUint64(p, v)
+	}
+	d.sum = xxh3.Hash128(p)
+}
+
+// Disk folds in a request that the guest has made, with the data that it writes.
+func (d *Digest) Disk(device int, r *vmm.DiskRequest) {
+	var data []byte
+	if r.Op == blk.Write {
+		data = r.Data
+	}
+	how := uint64(r.Op)
+	if r.Unmap {
+		how |= 1 << 8
+	}
+	d.fold(foldDisk, uint64(device), r.Tag<<16|how, r.Offset, r.Length, data)
+}
+
+// Read folds in the completion of a request: its status, and the data that it has read.
+func (d *Digest) Read(device int, tag uint64, status uint8, data []byte) {
+	d.fold(foldRead, uint64(device), tag, uint64(status), 0, data)
+}
+
+// Frame folds in a frame that the guest sends.
+func (d *Digest) Frame(nic int, frame []byte) { d.fold(foldFrame, uint64(nic), 0, 0, 0, frame) }
+
+// Console folds in bytes that the guest writes to a console.
+func (d *Digest) Console(console int, p []byte) { d.fold(foldConsole, uint64(console), 0, 0, 0, p) }
+
+// Entropy folds in a request for random bytes.
+func (d *Digest) Entropy(tag uint64, n int) { d.fold(foldEntropy, 0, tag, uint64(n), 0, nil) }
