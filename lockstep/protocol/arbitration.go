@@ -96,6 +96,7 @@ func (n *Node) Answer(a Answer) {
 		default: // somebody was forced to be live
 			n.do(Freeze{})
 			n.stopLogging()
+			n.hangUp()
 			n.halt()
 		}
 	}

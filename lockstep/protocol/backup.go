@@ -87,6 +87,13 @@ func (n *Node) accept(items []Item) {
 		return
 	}
 	for _, i := range items {
+		if i.Point.Before(n.logged) {
+			n.event(EventProtocol, "log goes back from %v to %v", n.logged, i.Point)
+			n.hangUp()
+			n.lost()
+			return
+		}
+		n.logged = i.Point
 		if i.Mark {
 			n.marks = append(n.marks, i)
 			n.received = i.Point

@@ -161,6 +161,7 @@ type Node struct {
 	cutMsg   Message // CutState: outputs and sequence number, until applied
 	early    []Item  // log of the term that the cut begins
 	marks    []Item  // watermarks that replay has not reached
+	logged   Point   // of the newest item of log
 	confirm  uint64  // outputs below this have been released
 	dirtyRun bool    // taint since the last watermark
 	diverged bool
@@ -342,7 +343,6 @@ func (n *Node) tickLink() {
 	}
 	if silent >= uint64(n.cfg.DeadTicks) {
 		n.event(EventDead, "peer silent for %d ticks", silent)
-		conn := n.conn
 		if n.broken(BidBeforeClose) && n.phase == Backup {
 			n.lost()
 			n.heard = n.now
@@ -350,8 +350,7 @@ func (n *Node) tickLink() {
 		}
 		// For good: what may still arrive on it must never be acked or applied once this
 		// side has bid.
-		n.conn = 0
-		n.do(CloseLink{conn})
+		n.hangUp()
 		n.lost()
 	}
 }
@@ -394,10 +393,16 @@ func (n *Node) stepHello(m Message) {
 	case n.phase == Syncing, n.phase == Protected, n.phase == Switching:
 		// It has given up what this side relies on: as good as lost.
 		n.event(EventProtocol, "the backup says that it is waiting")
-		conn := n.conn
-		n.conn = 0
-		n.do(CloseLink{conn})
+		n.hangUp()
 		n.lost()
+	}
+}
+
+// hangUp closes the link.
+func (n *Node) hangUp() {
+	if n.conn != 0 {
+		n.do(CloseLink{n.conn})
+		n.conn = 0
 	}
 }
 

@@ -156,7 +156,7 @@ func (n *Node) startTerm(term uint64) {
 	n.received, n.executed, n.clean, n.lastMark = Point{}, Point{}, Point{}, Point{}
 	n.tainted, n.dirtyRun, n.diverged = false, false, false
 	n.pending, n.size, n.mark, n.lead, n.leadSize = nil, 0, nil, nil, 0
-	n.marks = nil
+	n.marks, n.logged = nil, Point{}
 }
 
 func (n *Node) stepPrimary(m Message) {
@@ -192,8 +192,11 @@ func (n *Node) stepPrimary(m Message) {
 			n.base = true
 			switch n.phase {
 			case Syncing:
-				// All that the peer must hold it holds: make it official.
-				n.propose(Both, n.cfg.Self)
+				// All that the peer must hold it holds: make it official. (If this is not the
+				// first cut since it joined, the bid has been made.)
+				if n.bid.Epoch == 0 {
+					n.propose(Both, n.cfg.Self)
+				}
 			default:
 				n.commit()
 			}
