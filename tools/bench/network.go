@@ -159,7 +159,7 @@ func dial(kind, port int) (int, error) {
 
 func retry(f func() error) error {
 	for {
-		if err := f(); err != unix.EINTR {
+		if err := f(); !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}
