@@ -7,12 +7,14 @@ import (
 )
 
 // This file takes a guest in 32-bit protected mode into its interrupt handlers and out
-// of them, where KVM cannot. KVM-PVM does both in real and in 64-bit mode only: in between, an injected
-// vector is lost and reported as a triple fault, and IRET fails as an instruction that is not
-// emulated. Network boot programs, for one, run there with interrupts on. What is done
-// here is what they need: privilege level 0, flat 32-bit code and stack, no paging, no change of
-// task. On other hosts a triple fault at the very entry that injects an interrupt has another
-// cause; the checks find that, too, and the guest crashes.
+// of them, where KVM does it wrong. KVM-PVM, which emulates such code, pushes the frame of an
+// interrupt as if the stack segment began at address 0: with another base it overwrites
+// memory of the guest, or, where there is none, reports a triple fault. It does not know
+// IRET there. Network boot programs run in such segments with interrupts on. What is done here
+// is what they need: privilege level 0, 32-bit code and stack, no paging, no change of task.
+
+// pvmModule is there on hosts with KVM-PVM.
+const pvmModule = "/sys/module/kvm_pvm"
 
 // Bits of the processor's registers (Intel SDM vol. 3, 2.3 to 2.5).
 const (
@@ -42,35 +44,36 @@ const (
 	frameSize = 12 // of an interrupt without a change of privilege: EIP, CS, EFLAGS
 )
 
-// injection is the last vector that was given to KVM.
-type injection struct {
-	vector uint8
-	exit   uint64 // number of the exit that ends the entry with which it is delivered
+// inject delivers an interrupt that the guest can take.
+func (m *Machine) inject(vector uint8) error {
+	if s := &m.run.Sync.Sregs; m.pvm && s.CR0&cr0PE != 0 && s.SS.Base != 0 {
+		if done, err := m.enterHandler(vector); done || err != nil {
+			return err
+		}
+	}
+	return m.vcpu.Interrupt(vector)
 }
 
-// flat32 reports whether the guest is in the mode that this file is about.
-func flat32(r *kvm.Regs, s *kvm.Sregs) bool {
+// in32 reports whether the guest is in the mode that this file is about.
+func in32(r *kvm.Regs, s *kvm.Sregs) bool {
 	return s.CR0&(cr0PE|cr0PG) == cr0PE && s.EFER&eferLMA == 0 && r.RFLAGS&(rflagsVM|rflagsNT) == 0 &&
 		s.CS.Selector&selectorLow == 0 && s.CS.DB != 0 && s.SS.DB != 0 && s.SS.Typ&typeExpandDown == 0
 }
 
-// finishInterrupt does what the processor does with the interrupt that KVM was to deliver
-// when it reported a triple fault (SDM vol. 3, 6.12.1): it enters the handler through its gate. It
-// returns false, having changed nothing, if that is not what has happened.
-func (m *Machine) finishInterrupt() (bool, error) {
-	if m.injected.exit != m.pos.Exit {
-		return false, nil
-	}
+// enterHandler does what the processor does with an interrupt (SDM vol. 3, 6.12.1): it goes
+// to the handler through the vector's gate. It returns false, having changed nothing, where the processor
+// would do anything else, such as raise a fault.
+func (m *Machine) enterHandler(vector uint8) (bool, error) {
 	regs, sregs, err := m.registers()
-	// With interrupts off it was delivered: the handler has begun.
-	if err != nil || !flat32(&regs, &sregs) || regs.RFLAGS&rflagsIF == 0 {
+	if err != nil || !in32(&regs, &sregs) {
 		return false, err
 	}
-	gate, ok := m.descriptor(sregs.IDT, uint32(m.injected.vector)*descriptorSize)
+	gate, ok := m.descriptor(sregs.IDT, uint32(vector)*descriptorSize)
 	kind := gate >> 40 & 0x1f
 	if !ok || gate>>47&1 == 0 || kind != gateInterrupt32 && kind != gateTrap32 {
 		return false, nil
 	}
+	handler := uint32(gate&0xffff | gate>>32&0xffff0000)
 	esp := uint32(regs.RSP) - frameSize
 	if uint64(esp)+frameSize-1 > uint64(sregs.SS.Limit) {
 		return false, nil
@@ -79,11 +82,11 @@ func (m *Machine) finishInterrupt() (bool, error) {
 	binary.LittleEndian.PutUint32(frame[0:], uint32(regs.RIP))
 	binary.LittleEndian.PutUint32(frame[4:], uint32(sregs.CS.Selector))
 	binary.LittleEndian.PutUint32(frame[8:], uint32(regs.RFLAGS))
-	if !m.loadCode(&sregs, uint16(gate>>16), uint32(gate&0xffff|gate>>48<<16)) ||
+	if !m.loadCode(&sregs, uint16(gate>>16), handler) ||
 		m.mem.Write(uint64(uint32(sregs.SS.Base)+esp), frame[:]) != nil {
 		return false, nil
 	}
-	regs.RIP, regs.RSP = gate&0xffff|gate>>48<<16, uint64(esp)
+	regs.RIP, regs.RSP = uint64(handler), uint64(esp)
 	regs.RFLAGS &^= rflagsTF | rflagsNT | rflagsRF
 	if kind == gateInterrupt32 {
 		regs.RFLAGS &^= rflagsIF
@@ -95,7 +98,7 @@ func (m *Machine) finishInterrupt() (bool, error) {
 // false, having changed nothing, if the instruction would do anything else.
 func (m *Machine) finishIRET() (bool, error) {
 	regs, sregs, err := m.registers()
-	if err != nil || !flat32(&regs, &sregs) {
+	if err != nil || !in32(&regs, &sregs) {
 		return false, err
 	}
 	var frame [frameSize]byte

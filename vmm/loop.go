@@ -239,7 +239,7 @@ func (m *Machine) deliver() (again bool, err error) {
 		} else {
 			vector = m.apic.Acknowledge(vector)
 		}
-		if err := m.vcpu.Interrupt(uint8(vector)); err != nil {
+		if err := m.inject(uint8(vector)); err != nil {
 			return false, err
 		}
 		m.stats.Interrupts++

@@ -134,6 +134,7 @@ type Machine struct {
 	vcon       *console.Device
 	components []component // everything that is saved, in a fixed order
 	cpuid      []kvm.CPUIDEntry
+	pvm        bool // the host's KVM is KVM-PVM (emulate32.go)
 
 	// State of the loop.
 	slice        slice
@@ -231,6 +232,10 @@ func (m *Machine) build() error {
 	}
 	if m.cfg.Observe != nil {
 		m.run.ValidRegs = kvm.SyncRegsBit
+	}
+	if _, err := os.Stat(pvmModule); err == nil {
+		m.pvm = true
+		m.run.ValidRegs |= kvm.SyncSregsBit
 	}
 	if err := m.connect(); err != nil {
 		return err

@@ -170,7 +170,7 @@ func (m *Machine) setCPU(s *CPUState) error {
 			return err
 		}
 	}
-	m.run.CR8 = s.Sregs.CR8
+	m.run.CR8, m.run.Sync.Sregs = s.Sregs.CR8, s.Sregs
 	m.run.IfFlag, m.run.ReadyForInterruptInjection = s.IfFlag, s.Ready
 	return nil
 }

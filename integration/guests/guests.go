@@ -22,6 +22,7 @@
 //	pci          configuration space
 //	acpi         tables, ACPI mode, power button, power-off, resets
 //	ports        every port and odd memory accesses, from a hostile guest
+//	irq32        interrupts in 32-bit protected mode; flat (irq32.bin)
 //	bootsector   BIOS boot and disk reads ([BootSector])
 //
 // and those that drive virtio devices, which say so in their own main.c.
