@@ -146,6 +146,7 @@ func (m *Machine) board() error {
 		if len(m.cfg.Kernel) > 0 {
 			rom, err := boot.OnBIOS(m.fwcfg, boot.Params{
 				Kind: m.cfg.KernelKind, Kernel: m.cfg.Kernel, Initrd: m.cfg.Initrd, Cmdline: m.cfg.Cmdline,
+				E820: firmware.E820(m.cfg.Memory),
 			})
 			if err != nil {
 				return err
