@@ -16,6 +16,7 @@
 //	first        the exit status at once: start-up time
 //	hello        what the loader told; also for multiboot (hello-mb.elf) and flat
 //	storm        exits, as many as asked for: port I/O, device memory, MSR, HLT
+//	spin         interrupts into a loop without exits
 //	compute      a long run that writes memory, nearly without exits
 //	timers       PIT, RTC, PM timer and APIC timer against each other
 //	irq          the interrupt controllers as ordered traces
