@@ -32,6 +32,7 @@ usage() {
 		  lint            gofmt, go vet, golangci-lint, purity, shellcheck where there is one
 		  bench [ARG…]    compare with QEMU; see "go run ./tools/bench -help"
 		  fuzz [SECONDS]  every fuzz target in turn, SECONDS each (default 10)
+		  sim [ARG…]      the lockstep protocol in its simulator: --seeds N, --seed S, --trace
 		  demo [ARG…]     deps, build, then "ftvmm demo"
 		  clean           remove $OUT
 		  help            this
@@ -136,6 +137,7 @@ main() {
 	lint) lint ;;
 	bench) exec go run ./tools/bench "$@" ;;
 	fuzz) fuzz "$@" ;;
+	sim) go run ./tools/sim "$@" ;;
 	demo)
 		deps
 		build

@@ -21,3 +21,9 @@ const (
 	IgnoreDivergence Rule = "ignore-divergence" // digests are not compared
 	CoalesceMarks    Rule = "coalesce-marks"    // no watermark between kick and completion
 )
+
+// Rules are all of them.
+var Rules = []Rule{
+	BidBeforeClose, ReleaseUnacked, ReleaseUnlisted, ResumeUnread, AssumeSwapped, AssumeAlone, BidUnlisted,
+	BidUndrained, ColdAnyone, AckUnapplied, HearOldLinks, ConfirmFirst, IgnoreDivergence, CoalesceMarks,
+}

@@ -94,6 +94,19 @@ func (g *guest) sum() protocol.Digest {
 	return d
 }
 
+// hash is a hash of all state that counts.
+func (g *guest) hash() uint64 {
+	h := mix(4, g.boot, g.exits, g.digest, g.outSeq, g.nextReq)
+	for i := range g.mem {
+		h = mix(h, g.mem[i][:]...)
+	}
+	h = mix(h, g.ledger[:]...)
+	for _, r := range g.inflight {
+		h = mix(h, r.id, r.val)
+	}
+	return h
+}
+
 func (g *guest) set(p, w uint64, v uint64) {
 	g.mem[p%pages][w%words] = v
 	g.dirty |= 1 << (p % pages)

@@ -1,41 +1,53 @@
 package sim
 
-import "github.com/ftvmm/ftvmm/lockstep/protocol"
+import (
+	"slices"
+
+	"github.com/ftvmm/ftvmm/lockstep/protocol"
+)
 
 // The link is like TCP: in order within a connection; a connection breaks without one or the
 // other end knowing; a blocked direction delays what it carries until it is unblocked. The
 // arbiter is a compare-and-swap behind a network that loses, delays and duplicates.
 
-// carry brings something to the other side, in order.
+// parcel is something that a blocked direction holds up.
+type parcel struct {
+	conn    uint64
+	deliver func()
+}
+
+// carry brings something to the other side, in order within its connection.
 func (w *world) carry(from *side, conn uint64, deliver func()) {
 	d := from.index()
-	at := max(w.lastAt[d], w.now+w.between(5, 60))
-	w.lastAt[d] = at
+	last := w.lastAt[conn]
+	last[d] = max(last[d], w.now+w.between(5, 60))
+	w.lastAt[conn] = last
 	pass := func() {
 		if conn > w.resetTo {
 			deliver()
 		}
 	}
-	w.after(at-w.now, func() {
-		if w.blocked[d] || len(w.stalled[d]) > 0 {
-			w.stalled[d] = append(w.stalled[d], pass)
+	w.after(last[d]-w.now, func() {
+		if w.blocked[d] || slices.ContainsFunc(w.stalled[d], func(p parcel) bool { return p.conn == conn }) {
+			w.stalled[d] = append(w.stalled[d], parcel{conn, pass})
 			return
 		}
 		pass()
 	})
 }
 
-// unblock delivers what has been held up, before anything newer.
+// unblock delivers what has been held up, in its order, but perhaps after things that newer
+// connections carry.
 func (w *world) unblock(d int) {
 	w.blocked[d] = false
-	w.after(w.between(1, 500), func() {
+	w.after(w.between(1, 3000), func() {
 		if w.blocked[d] {
 			return
 		}
 		q := w.stalled[d]
 		w.stalled[d] = nil
-		for _, f := range q {
-			f()
+		for _, p := range q {
+			p.deliver()
 		}
 	})
 }
@@ -194,6 +206,9 @@ func (w *world) fault() {
 	case 9:
 		if s.up && !s.paused {
 			s.on(s.life, func() { s.node.NeedCut("input waits") })
+			if w.chance(2) { // a kill that is aimed at the middle of it
+				w.after(w.between(50, 700), s.crash)
+			}
 		}
 	case 10:
 		if s.up && !s.paused {

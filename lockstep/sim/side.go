@@ -9,15 +9,15 @@ type ShellRule string
 
 // The rules, named after what breaking them does.
 const (
-	TearCuts        ShellRule = "tear-cuts"        // pages of a cut are applied as they come
-	WriteUnverified ShellRule = "write-unverified" // the backup writes at the kick
-	CompleteEarly   ShellRule = "complete-early"   // the backup takes completions before its own
-	SkipDrain       ShellRule = "skip-drain"       // a side is overwritten while its own writes are under way
-	SkipReissue     ShellRule = "skip-reissue"     // going live forgets requests without completion
+	TearCuts      ShellRule = "tear-cuts"      // pages of a cut are applied as they come
+	CompleteEarly ShellRule = "complete-early" // the backup takes completions before its own
+	SkipDrain     ShellRule = "skip-drain"     // a side is overwritten while its own writes are under way
+	SkipReissue   ShellRule = "skip-reissue"   // going live forgets requests without completion
+	ForgetWrites  ShellRule = "forget-writes"  // a cut does not carry what was written since the last verified point
 )
 
 // ShellRules are all of them.
-var ShellRules = []ShellRule{TearCuts, WriteUnverified, CompleteEarly, SkipDrain, SkipReissue}
+var ShellRules = []ShellRule{TearCuts, CompleteEarly, SkipDrain, SkipReissue, ForgetWrites}
 
 type mode uint8
 
@@ -75,6 +75,7 @@ type side struct {
 	slow     int64
 	tick     int64
 	node     *protocol.Node
+	twin     int // life of the peer whose guest this side follows
 	conn     uint64
 
 	mode   mode
@@ -215,7 +216,11 @@ func (s *side) act() {
 		for _, a := range todo {
 			s.w.tracef("%v: %v", s.id, a)
 			s.do(a)
-			if s.w.faulty && s.w.chance(20000) {
+			odds := int64(20000)
+			if _, ok := a.(protocol.Release); ok {
+				odds = 4000
+			}
+			if s.w.faulty && s.w.chance(odds) {
 				s.crash()
 			}
 			if !s.up || s.life != life || s.w.err != nil {
@@ -263,10 +268,12 @@ func (s *side) do(a protocol.Action) {
 	case protocol.Pace:
 		s.wait = a.Wait
 	case protocol.GoLive:
+		w.checkTwin(s)
 		w.stats.TakeOvers++
 		s.goLive()
 	case protocol.Follow:
 		s.mode, s.frozen, s.inputs = replay, false, nil
+		s.twin = w.sides[1-s.index()].life
 		s.startTerm()
 	case protocol.Feed:
 		for _, i := range a.Items {
@@ -381,7 +388,11 @@ func (s *side) goLive() {
 func (s *side) submit(r request) {
 	s.issued[r.id] = r
 	life := s.life
-	s.w.after(s.w.between(20, 400)*s.slow, func() {
+	d := s.w.between(20, 400) * s.slow
+	if s.w.chance(30) {
+		d += s.w.between(0, 6000) // the disk has a bad moment
+	}
+	s.w.after(d, func() {
 		if !s.up || s.life != life {
 			return
 		}
@@ -446,6 +457,7 @@ func (s *side) runLive() {
 	e := s.g.stop(in, w.rng.Uint64(), w.hasTSC)
 	s.pt = p
 	w.stats.Exits++
+	w.note(s)
 	for _, r := range e.writes {
 		s.touched = append(s.touched, kick{p, r})
 		s.submit(r)
@@ -480,15 +492,12 @@ func (s *side) runReplay() {
 	e := s.g.stop(in, w.rng.Uint64(), w.hasTSC)
 	s.pt = p
 	for _, r := range e.writes {
-		if w.o.Break == WriteUnverified {
-			s.submit(r)
-			continue
-		}
 		s.kicks = append(s.kicks, kick{p, r})
 	}
 	for _, o := range e.outputs {
 		s.node.Output(p, w.blob(o))
 	}
+	w.checkTwin(s)
 	if !s.node.Executed(p, s.g.sum(), e.tainted) {
 		s.stopped = true
 	}
@@ -507,7 +516,9 @@ func (s *side) inFlight(id uint64) bool {
 // accounts reports whether this side could reproduce an output that the peer releases.
 func (s *side) accounts(o output, at protocol.Point) bool {
 	if s.mode == off {
-		return false
+		// It has nothing to go on with, unless the record lets it start from its disk; so the
+		// survivor is the one that releases.
+		return s.w.record.Primary != s.id
 	}
 	if s.g.boot == o.boot && s.g.outSeq > o.seq {
 		return true
@@ -548,7 +559,7 @@ func (s *side) takeCut(a protocol.TakeCut) {
 	}
 	carry := d.slots
 	for _, k := range s.touched {
-		if a.Since.Before(k.at) {
+		if a.Since.Before(k.at) && w.o.Break != ForgetWrites {
 			carry |= 1 << k.r.slot
 		}
 	}
@@ -589,6 +600,7 @@ func (s *side) apply() {
 	}
 	s.written = 0
 	s.staged = nil
+	s.twin = w.sides[1-s.index()].life
 	if s.mode == off {
 		w.stats.Joins++
 		s.stale = false

@@ -23,10 +23,19 @@ type Options struct {
 
 // Stats counts what happened in a run.
 type Stats struct {
-	Steps, Exits, Released, Acked, Bids             int
-	Crashes, Pauses, Partitions, Breaks, ColdStarts int
-	TakeOvers, Joins, Cuts, Injected, SwitchOvers   int
-	Divergences                                     int
+	Steps, Exits, Released, Acked                 int
+	Crashes, Pauses, Partitions, Breaks, Injected int
+	Bids, TakeOvers, SwitchOvers, ColdStarts      int
+	Joins, Cuts, Divergences                      int
+}
+
+// String lists what happened, a line each kind.
+func (s Stats) String() string {
+	return fmt.Sprintf(`%d steps, %d exits, %d outputs released, %d transactions acknowledged
+faults: %d crashes, %d pauses, %d partitions, %d broken links, %d memory errors
+%d bids, %d take-overs and hand-overs (%d begun by hand), %d cold starts, %d joins, %d cuts, %d divergences reported`,
+		s.Steps, s.Exits, s.Released, s.Acked, s.Crashes, s.Pauses, s.Partitions, s.Breaks, s.Injected,
+		s.Bids, s.TakeOvers, s.SwitchOvers, s.ColdStarts, s.Joins, s.Cuts, s.Divergences)
 }
 
 // Add adds another run's counts.
@@ -81,6 +90,14 @@ func (e *events) Pop() any {
 // version names an output of one power-on of the guest.
 type version struct{ boot, seq uint64 }
 
+// instant names an instant of a primary's run.
+type instant struct {
+	primary protocol.Side
+	life    int
+	term    uint64
+	at      protocol.Point
+}
+
 // world is everything: both sides, what connects them, the arbiter, the clients.
 type world struct {
 	o      Options
@@ -105,14 +122,15 @@ type world struct {
 	conns    uint64
 	dialled  int64
 	blocked  [2]bool
-	stalled  [2][]func()
-	lastAt   [2]int64
-	resetTo  uint64 // messages of connections up to this one are gone
+	stalled  [2][]parcel
+	lastAt   map[uint64][2]int64 // by connection: when the newest arrives
+	resetTo  uint64              // messages of connections up to this one are gone
 	arbBlock [2]bool
 
 	record protocol.Record
 
 	released map[version]uint64 // hash of every output that left
+	trail    map[instant]uint64 // hash of the primary's state
 	acked    [clients]uint64    // what each client was told
 	next     [clients]uint64
 	quiet    bool // clients have stopped
@@ -162,7 +180,7 @@ func (w *world) unblob(b []byte) any {
 func Run(o Options) (Stats, error) {
 	w := &world{
 		o: o, rng: rand.New(rand.NewPCG(o.Seed, 0x66747662)), blobs: map[uint64]any{},
-		released: map[version]uint64{}, faulty: true,
+		released: map[version]uint64{}, trail: map[instant]uint64{}, lastAt: map[uint64][2]int64{}, faulty: true,
 	}
 	w.loss = int(w.between(0, 30))
 	switch w.rng.IntN(4) {
@@ -235,10 +253,16 @@ func (w *world) checkStep() {
 }
 
 // checkRelease checks an output at the moment at which it leaves.
+//
+// Survivors go on from what was released: so no output may come in two versions, and none may be
+// missing before another.
 func (w *world) checkRelease(s *side, o output, at protocol.Point) {
 	v := version{o.boot, o.seq}
 	if h, ok := w.released[v]; ok && h != o.hash {
 		w.fail("side %v releases output %d.%d in a second version", s.id, o.boot, o.seq)
+	}
+	if _, ok := w.released[version{o.boot, o.seq - 1}]; o.seq > 0 && !ok {
+		w.fail("side %v releases output %d.%d, but the one before it was lost", s.id, o.boot, o.seq)
 	}
 	w.released[v] = o.hash
 	w.stats.Released++
@@ -264,6 +288,23 @@ func (w *world) checkLedger(s *side) {
 		if s.g.ledger[c] < a {
 			w.fail("side %v is live with %d for client %d, who was told %d", s.id, s.g.ledger[c], c, a)
 		}
+	}
+}
+
+// note remembers the state of a primary at an instant.
+func (w *world) note(s *side) {
+	w.trail[instant{s.id, s.life, s.node.Term(), s.pt}] = s.g.hash()
+}
+
+// checkTwin checks that a backup is in the state in which its primary was at the same instant.
+// Only a fault of the hardware, or a clock that is not trapped, may make a difference.
+func (w *world) checkTwin(s *side) {
+	if w.flips || w.hasTSC || w.err != nil {
+		return
+	}
+	h, ok := w.trail[instant{s.id.Other(), s.twin, s.node.Term(), s.pt}]
+	if ok && h != s.g.hash() {
+		w.fail("side %v is not in the state that its primary was in at %v of term %d", s.id, s.pt, s.node.Term())
 	}
 }
 
