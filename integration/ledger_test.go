@@ -193,7 +193,7 @@ func TestLedgerProcess(t *testing.T) {
 	c, err := dial(context.Background(), "tcp", portLedger)
 	require.NoError(t, err)
 	c.Close()
-	fmt.Println(c.RemoteAddr())
+	_, _ = fmt.Fprintln(os.Stdout, c.RemoteAddr())
 	_, _ = io.Copy(io.Discard, os.Stdin)
 }
 

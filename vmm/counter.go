@@ -224,7 +224,8 @@ func (c *emulated) enter() error {
 		return nil
 	case 0:
 		if c.run.ExitReason != kvm.ExitDebug && c.run.ExitReason != kvm.ExitIRQWindowOpen && c.run.ExitReason != kvm.ExitIntr {
-			return fmt.Errorf("%w: it makes an exit (KVM reason %d) before it", ErrLanding, c.run.ExitReason)
+			v, err := c.stat.Value()
+			return errors.Join(fmt.Errorf("%w: it makes an exit (KVM reason %d) %d instructions after the last", ErrLanding, c.run.ExitReason, v-c.base), err)
 		}
 		return nil
 	default:

@@ -82,9 +82,12 @@ func (m *Machine) enterHandler(vector uint8) (bool, error) {
 	binary.LittleEndian.PutUint32(frame[0:], uint32(regs.RIP))
 	binary.LittleEndian.PutUint32(frame[4:], uint32(sregs.CS.Selector))
 	binary.LittleEndian.PutUint32(frame[8:], uint32(regs.RFLAGS))
-	if !m.loadCode(&sregs, uint16(gate>>16), handler) ||
-		m.mem.Write(uint64(uint32(sregs.SS.Base)+esp), frame[:]) != nil {
+	stack := uint64(uint32(sregs.SS.Base) + esp)
+	if !m.loadCode(&sregs, uint16(gate>>16), handler) || !m.mem.Contains(stack, frameSize) {
 		return false, nil
+	}
+	if err := m.mem.Write(stack, frame[:]); err != nil {
+		return false, err
 	}
 	regs.RIP, regs.RSP = uint64(handler), uint64(esp)
 	regs.RFLAGS &^= rflagsTF | rflagsNT | rflagsRF
@@ -103,8 +106,12 @@ func (m *Machine) finishIRET() (bool, error) {
 	}
 	var frame [frameSize]byte
 	esp := uint32(regs.RSP)
-	if uint64(esp)+frameSize-1 > uint64(sregs.SS.Limit) || m.mem.Read(uint64(uint32(sregs.SS.Base)+esp), frame[:]) != nil {
+	stack := uint64(uint32(sregs.SS.Base) + esp)
+	if uint64(esp)+frameSize-1 > uint64(sregs.SS.Limit) || !m.mem.Contains(stack, frameSize) {
 		return false, nil
+	}
+	if err := m.mem.Read(stack, frame[:]); err != nil {
+		return false, err
 	}
 	eip, flags := binary.LittleEndian.Uint32(frame[0:]), uint64(binary.LittleEndian.Uint32(frame[8:]))
 	if flags&rflagsVM != 0 || !m.loadCode(&sregs, binary.LittleEndian.Uint16(frame[4:]), eip) {

@@ -1,6 +1,10 @@
 package vmm
 
-import "fmt"
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
 
 // Position names an instant of guest execution that a recording machine and its replaying
 // twin can both reach exactly (docs/determinism.md).
@@ -24,6 +28,28 @@ func (p Position) String() string {
 		s += fmt.Sprintf("+%d", p.Count)
 	}
 	return s
+}
+
+// ParsePosition reads what String writes.
+func ParsePosition(s string) (p Position, err error) {
+	rest, count, asynchronous := strings.Cut(s, "+")
+	exit, round, waiting := strings.Cut(rest, ".")
+	if p.Exit, err = strconv.ParseUint(exit, 10, 64); err != nil {
+		return Position{}, fmt.Errorf("vmm: position %q: %w", s, err)
+	}
+	if waiting {
+		n, err := strconv.ParseUint(round, 10, 32)
+		if err != nil {
+			return Position{}, fmt.Errorf("vmm: position %q: %w", s, err)
+		}
+		p.Round = uint32(n)
+	}
+	if asynchronous {
+		if p.Count, err = strconv.ParseUint(count, 10, 64); err != nil {
+			return Position{}, fmt.Errorf("vmm: position %q: %w", s, err)
+		}
+	}
+	return p, nil
 }
 
 // InputKind says what an [Input] is.

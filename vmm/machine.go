@@ -351,13 +351,21 @@ func (m *Machine) unknownMSR(index uint32, write bool, v uint64) {
 	}
 }
 
+// completed reports a completion of a request that its device does not know: a backend that
+// answers twice, or a log of another guest. The guest does not notice.
+func (m *Machine) completed(err error) {
+	if err != nil {
+		m.event("stray-completion", map[string]any{"error": err.Error()})
+	}
+}
+
 // apply brings one input to its device.
 func (m *Machine) apply(in *Input) {
 	switch in.Kind {
 	case InputTime:
 		m.clock.Advance(in.Time)
 	case InputDisk:
-		m.disks[in.Device].Complete(in.Tag, blk.Status(in.Status))
+		m.completed(m.disks[in.Device].Complete(in.Tag, blk.Status(in.Status)))
 	case InputFrame:
 		m.nics[in.Device].Receive(in.Data)
 	case InputLink:
@@ -369,7 +377,7 @@ func (m *Machine) apply(in *Input) {
 			m.vcon.Receive(in.Data)
 		}
 	case InputEntropy:
-		m.entropy.Complete(in.Tag, in.Data)
+		m.completed(m.entropy.Complete(in.Tag, in.Data))
 	case InputPowerButton:
 		m.chipset.PressPowerButton()
 	case InputReset:

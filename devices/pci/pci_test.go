@@ -652,8 +652,8 @@ func FuzzAccess(f *testing.F) {
 		for off := uint64(0); off < ConfigSize; off++ { // all offsets, all sizes
 			for _, size := range []int{1, 2, 4} {
 				require.Equal(t, x.f.ReadConfig(off, size), y.f.ReadConfig(off, size))
-				x.f.WriteConfig(off, size, uint64(off)*0x01010101)
-				y.f.WriteConfig(off, size, uint64(off)*0x01010101)
+				x.f.WriteConfig(off, size, off*0x01010101)
+				y.f.WriteConfig(off, size, off*0x01010101)
 			}
 		}
 	})

@@ -49,8 +49,6 @@ const (
 	PM1Enable  = 0x02 // 16 bits
 	PM1Control = 0x04 // 16 bits
 	PMTimer    = 0x08 // 32 bits, read-only
-
-	pmRegisters = 0x0c // bytes that the above take
 )
 
 // Bits of PM1 status and enable (ACPI 6.5, 4.8.3.1).

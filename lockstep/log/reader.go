@@ -118,7 +118,7 @@ func NewReader(r io.ReaderAt, size int64) (*Reader, error) {
 	all := newFrameReader(r, int64(len(head)), size, 0)
 	for l.end = all.off; ; l.end = all.off {
 		_, _, err := all.next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if errors.Is(err, io.ErrUnexpectedEOF) {
@@ -173,7 +173,7 @@ func (l *Reader) readHead() error {
 		at := l.frames.off
 		kind, p, err := l.frames.next()
 		switch {
-		case err == io.EOF:
+		case errors.Is(err, io.EOF):
 		case err != nil:
 			return err
 		case kind == frameState && l.Setup.State:

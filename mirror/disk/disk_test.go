@@ -31,7 +31,7 @@ const holdEnv = "FTVMM_TEST_HOLD_IMAGE"
 func TestMain(m *testing.M) {
 	if path := os.Getenv(holdEnv); path != "" {
 		d, err := Open(path, Options{})
-		fmt.Println(err)
+		_, _ = fmt.Fprintln(os.Stdout, err)
 		_, _ = io.Copy(io.Discard, os.Stdin) // until the parent is done
 		if err == nil {
 			d.Close()

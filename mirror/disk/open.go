@@ -77,7 +77,7 @@ func openImage(path string, opts Options) (_ *image, err error) {
 	im.size = uint64(size)
 	im.blockSize = pageSize
 	if device {
-		im.discards = deviceDiscards(uint64(st.Rdev))
+		im.discards = deviceDiscards(st.Rdev)
 		if n, err := unix.IoctlGetInt(fd, unix.BLKPBSZGET); err == nil && validAlign(uint64(n)) {
 			im.blockSize = uint32(max(n, SectorSize))
 		}
@@ -140,7 +140,7 @@ func create(path string, opts Options) (fd int, err error) {
 			return fd, nil
 		}
 		unix.Close(fd)
-		unix.Unlink(path)
+		_ = unix.Unlink(path)
 	}
 	return -1, mirror.Errorf("image-create", "Check that the directory exists, is writable, and its file system can hold the size.", "create disk %s: %w", path, err)
 }

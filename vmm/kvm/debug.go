@@ -65,12 +65,13 @@ type Statistic struct {
 // statsHeader is struct kvm_stats_header, statsDesc the fixed part of struct kvm_stats_desc.
 type (
 	statsHeader struct {
-		flags, nameSize, descs, idOffset, descOffset, dataOffset uint32
+		_, _, descs, _, descOffset, dataOffset uint32
 	}
 	statsDesc struct {
-		flags          uint32
-		exponent, size uint16
-		offset, bucket uint32
+		_      uint32 // flags
+		_, _   uint16 // exponent, values
+		offset uint32
+		_      uint32 // bucket
 	}
 )
 

@@ -154,7 +154,7 @@ func (d *Device) merge(q *virtio.Queue, header, body []byte) outcome {
 			}
 			return noRoom
 		}
-		written := 0
+		var written int
 		switch {
 		case n > 0:
 			written = q.Write(c.In, 0, body)

@@ -182,7 +182,7 @@ func (c *Client) do(ctx context.Context, request string, isAnswer func(words []s
 			c.Close()
 		}
 		if ctx.Err() != nil {
-			return "", fmt.Errorf("ledger request %q: %w (last attempt: %v)", request, ctx.Err(), err)
+			return "", fmt.Errorf("ledger request %q: %w (last attempt: %w)", request, ctx.Err(), err)
 		}
 	}
 }
@@ -210,7 +210,7 @@ func (c *Client) attempt(ctx context.Context, request string, isAnswer func([]st
 		return "", err
 	}
 	// When the context ends, the read below does.
-	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	if _, err := conn.Write([]byte(request + "\n")); err != nil {
 		return "", timeout(err)
 	}

@@ -51,7 +51,7 @@ func ReadJournal(disk io.ReaderAt) (*Journal, error) {
 	ended := false
 	for at := uint64(0); at < sectors; at += chunkSectors {
 		n, err := disk.ReadAt(chunk, int64(firstSector+at)*sectorSize)
-		if err != nil && err != io.EOF {
+		if err != nil && !errors.Is(err, io.EOF) {
 			return j, fmt.Errorf("read journal from sector %d: %w", firstSector+at, err)
 		}
 		whole := min(uint64(n/sectorSize), sectors-at)
