@@ -29,8 +29,9 @@ type built struct {
 	nics  []backend.NIC
 }
 
-// build makes the machine that g describes. It ends with no machine and nothing open, or with all.
-func build(g *config.Guest, ports *ports, event func(string, map[string]any)) (b *built, err error) {
+// build makes the machine that g describes, after configure has had its way with the configuration. It ends
+// with no machine and nothing open, or with all.
+func build(g *config.Guest, ports *ports, event func(string, map[string]any), configure func(*vmm.Config)) (b *built, err error) {
 	b = &built{}
 	defer func() {
 		if err != nil {
@@ -87,6 +88,7 @@ func build(g *config.Guest, ports *ports, event func(string, map[string]any)) (b
 	if ports.debug != nil {
 		cfg.DebugConsole = ports.debug.Output
 	}
+	configure(&cfg)
 	b.Machine, err = vmm.New(cfg)
 	return b, err
 }

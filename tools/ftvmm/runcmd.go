@@ -22,7 +22,10 @@ import (
 )
 
 func (a *app) runCommand() *cobra.Command {
-	var restore string
+	var (
+		restore string
+		rec     recordFlags
+	)
 	c := &cobra.Command{
 		Use:   "run [FILE]",
 		Short: "run a guest in the foreground",
@@ -51,6 +54,7 @@ host lacks KVM or a feature; 66 the guest crashed.`,
 		Args: a.arguments(0, 1),
 	}
 	s := addSettings(c)
+	rec.add(c.Flags())
 	c.Flags().StringVar(&restore, "restore", "", "go on with the guest that vm save wrote to this `file`")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		g, _, err := s.load(args)
@@ -60,7 +64,10 @@ host lacks KVM or a feature; 66 the guest crashed.`,
 			err = g.Check(how)
 		}
 		if err == nil {
-			a.exit, err = a.runMachine(cmd.Context(), g, restore)
+			err = rec.check(g)
+		}
+		if err == nil {
+			a.exit, err = a.runMachine(cmd.Context(), g, restore, &rec)
 		}
 		if err != nil {
 			f := classify(err)
@@ -96,7 +103,7 @@ const ioSlots = 8
 
 // runMachine runs the guest, again and again if its configuration says so, and returns run's
 // exit code.
-func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string) (int, error) {
+func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string, rec *recordFlags) (int, error) {
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + ioSlots)
 	var events *event.Emitter
 	if g.Events != "" {
@@ -106,7 +113,7 @@ func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string) (
 		}
 	}
 	defer events.Close()
-	r := &runner{app: a, guest: g, events: events}
+	r := &runner{app: a, guest: g, events: events, record: rec}
 	defer r.signals()()
 	// If the user asks for the end while no machine is there, this is how it ended.
 	end := vmm.Exit{Reason: vmm.ExitQuit}
@@ -179,6 +186,7 @@ type runner struct {
 	*app
 	guest  *config.Guest
 	events *event.Emitter
+	record *recordFlags
 	// stopping is set when the user has asked for the end, so that the guest is not started again.
 	stopping atomic.Bool
 
@@ -213,7 +221,12 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 		return end, errors.Join(err, r.ports.Close())
 	}
 	defer closing("close the consoles", r.ports.Close)
-	m, err := build(r.guest, &r.ports, r.event)
+	tape, err := r.record.open(r.guest)
+	if err != nil {
+		return end, err
+	}
+	defer closing("close the recording", tape.Close)
+	m, err := build(r.guest, &r.ports, r.event, tape.configure)
 	if err != nil {
 		return end, err
 	}
@@ -223,6 +236,9 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 			return end, err
 		}
 		r.events.Emit(event.Restored, event.Attrs{"path": restore})
+	}
+	if err := tape.begin(m.Machine, restore != ""); err != nil {
+		return end, err
 	}
 	r.machine.Store(m.Machine)
 	defer r.machine.Store(nil)
@@ -242,6 +258,9 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 		r.events.Emit(event.ControlReady, event.Attrs{"path": server.Path()})
 	}
 	end, err = m.Run(ctx)
+	if e := tape.end(end); err == nil {
+		err = e
+	}
 	if err != nil {
 		return end, &hostFailure{err}
 	}
