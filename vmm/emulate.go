@@ -41,7 +41,12 @@ func (m *Machine) handleInternalError() error {
 			return err
 		}
 	}
-	n := m.emulate(insn)
+	n := 0
+	if len(insn) > 0 {
+		if n, err = m.emulateX87(insn, &regs); err != nil {
+			return err
+		}
+	}
 	if n == 0 {
 		m.crash(fmt.Sprintf("KVM cannot emulate the instruction at %#x: % x", regs.RIP, insn))
 		return nil
@@ -49,19 +54,6 @@ func (m *Machine) handleInternalError() error {
 	m.observe(ExitRecord{Kind: KindEmulated, Addr: regs.RIP, Size: n})
 	m.stats.Emulated++
 	regs.RIP += uint64(n)
+	regs.RFLAGS &^= rflagsRF
 	return m.vcpu.SetRegs(&regs)
-}
-
-// emulate carries out the instruction and returns its length, 0 if it does not know it.
-func (m *Machine) emulate(insn []byte) int {
-	if len(insn) == 0 {
-		return 0
-	}
-	switch insn[0] {
-	case opFWAIT:
-		// FWAIT raises a pending unmasked x87 exception; there is none, since no x87
-		// arithmetic has run where this helper is needed.
-		return 1
-	}
-	return 0
 }
