@@ -108,12 +108,11 @@ type Node struct {
 	taken    int // how many of actions the last Ready returned
 
 	// The link.
-	conn      uint64 // 0: none
-	connSince uint64 // tick
-	heard     uint64 // tick of the last message
-	sent      uint64 // tick of the last message sent
-	suspect   bool
-	peer      Phase // as the peer last said
+	conn    uint64 // 0: none
+	heard   uint64 // tick of the last message
+	sent    uint64 // tick of the last message sent
+	suspect bool
+	peer    Phase // as the peer last said
 
 	// The arbiter.
 	record   Record // the newest that this node knows
@@ -202,7 +201,7 @@ func (n *Node) Diverging() bool { return n.diverged }
 // it out, then calls Advance. Methods may be called in between; what they ask for comes with
 // the next Ready.
 func (n *Node) Ready() []Action {
-	if n.ackDue && n.conn != 0 {
+	if n.ackDue && n.conn != 0 && (n.phase == Joining || n.phase == Backup || n.broken(BidBeforeClose)) {
 		n.ackDue = false
 		n.send(Message{Type: MsgAck, Term: n.term, Received: n.received, Executed: n.executed, Clean: n.clean, Tainted: n.tainted})
 	}
@@ -255,7 +254,7 @@ func (n *Node) LinkUp(conn uint64) {
 	if n.conn != 0 {
 		n.LinkDown(n.conn)
 	}
-	n.conn, n.connSince, n.heard, n.suspect = conn, n.now, n.now, false
+	n.conn, n.heard, n.suspect, n.ackDue = conn, n.now, false, false
 	n.peer = Bidding // until it says better
 	n.hello()
 }

@@ -84,10 +84,20 @@ func (w *world) hangUp(s *side, conn uint64) {
 	})
 }
 
-// breakLink resets the connection: what is under way is gone. An end may not notice.
+// breakLink resets the connection: what is under way is gone, or is only slow and arrives when
+// there is a new connection. An end may not notice.
 func (w *world) breakLink() {
 	w.stats.Breaks++
 	conn := w.conns
+	if w.chance(2) {
+		for d, s := range w.sides {
+			w.blocked[d] = true
+			life := s.life
+			w.after(w.between(100, 1000), func() { s.on(life, func() { s.linkDown(conn) }) })
+		}
+		w.after(w.between(100, 1500), func() { w.unblock(0); w.unblock(1) })
+		return
+	}
 	w.resetTo = conn
 	for _, s := range w.sides {
 		if s.up && w.rng.IntN(3) > 0 {

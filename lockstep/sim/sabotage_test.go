@@ -9,7 +9,7 @@ import (
 )
 
 // limit is the number of seeds within which each broken rule must be noticed.
-const limit = 1500
+const limit = 300
 
 func caught(t *testing.T, name string, o Options) {
 	t.Run(name, func(t *testing.T) {

@@ -515,12 +515,16 @@ func (s *side) inFlight(id uint64) bool {
 
 // accounts reports whether this side could reproduce an output that the peer releases.
 func (s *side) accounts(o output, at protocol.Point) bool {
-	if s.mode == off {
-		// It has nothing to go on with, unless the record lets it start from its disk; so the
-		// survivor is the one that releases.
-		return s.w.record.Primary != s.id
-	}
-	if s.g.boot == o.boot && s.g.outSeq > o.seq {
+	switch {
+	case s.mode == off && s.w.record.Primary != s.id:
+		return true // it may not start from its disk: the survivor is the one that releases
+	case s.mode == off:
+		// It had executed the output and won, and has crashed since. A guest that starts from
+		// its disk need not repeat outputs, but what clients were told must be there.
+		return o.client < 0 || s.disk[o.client] >= o.val
+	case s.g.boot > o.boot:
+		return o.client < 0 || s.g.ledger[o.client] >= o.val
+	case s.g.boot == o.boot && s.g.outSeq > o.seq:
 		return true
 	}
 	return s.w.commit == protocol.Received && s.mode == replay && !s.limit.Before(at)
