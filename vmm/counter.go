@@ -30,7 +30,7 @@ const (
 // synchronous exit to the next.
 type Stop struct {
 	Count uint64 // of the counter's events since the exit
-	RIP   uint64
+	RIP   uint64 // as a linear address
 	RCX   uint64 // the progress of a REP instruction
 	Regs  uint64 // hash of the general registers and RFLAGS
 }
@@ -57,6 +57,8 @@ type Counter interface {
 	Locate() (s Stop, ok bool, err error)
 	// Approach moves the guest towards the stop, by one entry. It returns true when it is there.
 	Approach(to Stop) (bool, error)
+	// Busy says that Approach must be called again before End: the guest is in the middle of something.
+	Busy() bool
 	// End gives back what Approach has taken, at the end of a landing.
 	End() error
 	Close() error
@@ -71,11 +73,11 @@ const (
 
 	statInsnEmulation = "insn_emulation"
 
-	// A landing runs the guest until stepMargin instructions before the stop, in pieces that a
-	// timer of the kernel ends, and steps from there on. A piece is a quarter of what is left at fastest
-	// nanoseconds an instruction, several times the speed of any emulator: a
+	// A landing runs the guest until landMargin instructions before the stop, in pieces that a
+	// timer of the kernel ends, and to a breakpoint at the stop's RIP from there on. A piece is a
+	// quarter of what is left at `fastest` an instruction, several times the speed of any emulator: a
 	// late timer then still ends it in time.
-	stepMargin = 256
+	landMargin = 256
 	fastest    = 250 * time.Nanosecond
 	minPiece   = 50 * time.Microsecond
 )
@@ -89,9 +91,8 @@ type emulated struct {
 	timer *threadTimer
 
 	// Of a landing:
-	landing bool
-	valid   uint64 // Run.ValidRegs before it
-	debug   debugMode
+	debug debugMode
+	hit   bool // the guest is at the breakpoint, too early
 }
 
 // debugMode is what the vCPU's debugging is set to.
@@ -140,7 +141,7 @@ func (c *emulated) Locate() (s Stop, ok bool, err error) {
 	if err != nil {
 		return s, false, err
 	}
-	return Stop{Count: v - c.base, RIP: regs.RIP, RCX: regs.RCX, Regs: hashRegs(&regs)}, true, nil
+	return Stop{Count: v - c.base, RIP: sregs.CS.Base + regs.RIP, RCX: regs.RCX, Regs: hashRegs(&regs)}, true, nil
 }
 
 // hashRegs hashes the registers of an asynchronous stop.
@@ -160,45 +161,48 @@ func (c *emulated) Approach(to Stop) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if !c.landing {
-		// Each return of KVM_RUN tells the privilege level.
-		c.landing, c.valid = true, c.run.ValidRegs
-		c.run.ValidRegs |= kvm.SyncSregsBit
-		if c.run.Sync.Sregs, err = c.vcpu.Sregs(); err != nil {
-			return false, err
-		}
-	}
 	count := v - c.base
 	if count > to.Count {
 		return false, fmt.Errorf("%w: %d instructions after the exit it is elsewhere than at %#x", ErrLanding, to.Count, to.RIP)
 	}
-	if count == to.Count {
+	if count == to.Count && c.debug != debugStep {
 		// The same count holds before and after native code and an interrupt's delivery, and
 		// within a REP instruction.
 		if s, ok, err := c.Locate(); err != nil || ok && s == to {
 			return err == nil, err
 		}
 	}
-	kernel := c.run.Sync.Sregs.SS.DPL == 0
 	switch {
-	case to.Count-count > stepMargin:
-		return false, c.approach(time.Duration(to.Count-count-stepMargin) * fastest / 4)
-	case kernel:
-		if c.debug != debugStep {
-			if err := c.vcpu.SetSingleStep(true); err != nil {
-				return false, err
-			}
-			c.debug = debugStep
-		}
-	case c.debug != debugBreak:
-		// A step of native code is felt by the guest. It runs freely there; the breakpoint waits
-		// for its return to the kernel.
-		if err := c.vcpu.SetBreakpoint(to.RIP + c.run.Sync.Sregs.CS.Base); err != nil {
+	case c.debug == debugStep: // a signal came before the step
+	case c.hit:
+		// Off the breakpoint. More than one step would be seen by the guest: the trap flag gets into
+		// the frames of interrupts and exceptions.
+		if err := c.vcpu.SetSingleStep(true); err != nil {
 			return false, err
 		}
-		c.debug = debugBreak
+		c.debug, c.hit = debugStep, false
+	case c.debug == debugOff && to.Count-count > landMargin:
+		return false, c.approach(time.Duration(to.Count-count-landMargin) * fastest / 4)
+	case c.debug == debugOff:
+		if err := c.arm(to); err != nil {
+			return false, err
+		}
 	}
-	return false, c.enter()
+	debugged, err := c.enter()
+	if err != nil || !debugged {
+		return false, err
+	}
+	if c.debug == debugStep {
+		return false, c.arm(to)
+	}
+	c.hit = true
+	return false, nil
+}
+
+// arm sets the breakpoint at the stop.
+func (c *emulated) arm(to Stop) error {
+	c.debug = debugBreak
+	return c.vcpu.SetBreakpoint(to.RIP)
 }
 
 // approach runs the guest for about d.
@@ -211,32 +215,38 @@ func (c *emulated) approach(d time.Duration) (err error) {
 	if err := c.timer.set(max(d, minPiece)); err != nil {
 		return err
 	}
-	return errors.Join(c.enter(), c.timer.set(0))
+	_, err = c.enter()
+	return errors.Join(err, c.timer.set(0))
 }
 
-// enter runs the guest to a step's end or a kick. A synchronous exit has no place before the stop.
-func (c *emulated) enter() error {
+// enter runs the guest to the breakpoint, a step's end (which it tells apart from others) or a
+// kick. A synchronous exit has no place before the stop.
+func (c *emulated) enter() (debugged bool, err error) {
 	switch errno := c.vcpu.Run(); errno {
 	case unix.EINTR:
 		c.run.SetImmediateExit(false)
-		return nil
+		return false, nil
 	case unix.EAGAIN:
-		return nil
+		return false, nil
 	case 0:
-		if c.run.ExitReason != kvm.ExitDebug && c.run.ExitReason != kvm.ExitIRQWindowOpen && c.run.ExitReason != kvm.ExitIntr {
-			v, err := c.stat.Value()
-			return errors.Join(fmt.Errorf("%w: it makes an exit (KVM reason %d) %d instructions after the last", ErrLanding, c.run.ExitReason, v-c.base), err)
-		}
-		return nil
 	default:
-		return fmt.Errorf("vmm: run vCPU: %w", errno)
+		return false, fmt.Errorf("vmm: run vCPU: %w", errno)
 	}
+	switch c.run.ExitReason {
+	case kvm.ExitDebug:
+		return true, nil
+	case kvm.ExitIRQWindowOpen, kvm.ExitIntr:
+		return false, nil
+	}
+	v, err := c.stat.Value()
+	return false, errors.Join(fmt.Errorf("%w: it makes an exit (KVM reason %d) %d instructions after the last", ErrLanding, c.run.ExitReason, v-c.base), err)
 }
 
+// Busy says whether a step has begun and not ended: then the landing must go on.
+func (c *emulated) Busy() bool { return c.debug == debugStep }
+
 func (c *emulated) End() error {
-	if c.landing {
-		c.landing, c.run.ValidRegs = false, c.valid
-	}
+	c.hit = false
 	if c.debug == debugOff {
 		return nil
 	}
@@ -299,7 +309,7 @@ func (m *Machine) land(to Stop) (err error) {
 	m.named = false
 	defer func() { err = errors.Join(err, m.counter.End()) }()
 	for {
-		if !m.bell.enter() {
+		if !m.bell.enter() && !m.counter.Busy() {
 			return nil
 		}
 		there, err := m.counter.Approach(to)
