@@ -55,7 +55,7 @@ func (n *Node) Answer(a Answer) {
 	if a.ID != n.asked || n.asked == 0 {
 		return // late, or twice
 	}
-	n.asked = 0
+	n.asked, n.unanswered = 0, false
 	r := a.Record
 	won := n.bid.Epoch != 0 && r.Epoch == n.bid.Epoch && r.Nonce == n.bid.Nonce
 	if !won && (r.Epoch < n.record.Epoch || r.Epoch == 0 && n.bid.Epoch > 1) {
@@ -167,7 +167,10 @@ func (n *Node) polled() {
 func (n *Node) tickArbiter() {
 	if n.asked != 0 && n.now-n.askedAt >= uint64(n.cfg.ArbiterTicks) {
 		n.asked = 0
-		n.event(EventNoArbiter, "no answer for %d ticks", n.now-n.askedAt)
+		if !n.unanswered { // once is enough
+			n.unanswered = true
+			n.event(EventNoArbiter, "no answer for %d ticks", n.now-n.askedAt)
+		}
 		switch {
 		case n.broken(ResumeUnread) && n.phase == Bidding && n.bid.Epoch != 0:
 			n.record = n.bid

@@ -31,6 +31,7 @@ func (n *Node) stepBackup(m Message) {
 		case n.cutTerm != 0 && m.Term == n.cutTerm:
 			// It belongs to a state that is not here yet: no ack before that is applied.
 			n.early = append(n.early, m.Items...)
+			n.behind(m.Items)
 		case n.hasState && m.Term == n.term:
 			n.accept(m.Items)
 		}
@@ -88,9 +89,7 @@ func (n *Node) accept(items []Item) {
 	}
 	for _, i := range items {
 		if i.Point.Before(n.logged) {
-			n.event(EventProtocol, "log goes back from %v to %v", n.logged, i.Point)
-			n.hangUp()
-			n.lost()
+			n.violation("log goes back from %v to %v", n.logged, i.Point)
 			return
 		}
 		n.logged = i.Point
@@ -100,9 +99,34 @@ func (n *Node) accept(items []Item) {
 		}
 	}
 	n.do(Feed{items, n.received})
+	n.lead = append(n.lead, span{upTo: n.received, bytes: n.behind(items)})
 	if n.cfg.Commit == Received {
 		n.ackDue = true
 	}
+}
+
+// maxBehind bounds, in units of Config.LeadBytes, the log that a backup holds. A primary that
+// keeps its lead never comes near: at most one lead in each of two terms.
+const maxBehind = 4
+
+// behind counts log that is to be executed, and gives up on a primary that sends too much.
+func (n *Node) behind(items []Item) int {
+	bytes := 0
+	for _, i := range items {
+		bytes += itemSize + len(i.Data)
+	}
+	n.leadSize += bytes
+	if n.leadSize > maxBehind*n.cfg.LeadBytes {
+		n.violation("%d bytes of log are more than a primary may be ahead", n.leadSize)
+	}
+	return bytes
+}
+
+// violation gives up on a peer that breaks the protocol.
+func (n *Node) violation(format string, args ...any) {
+	n.event(EventProtocol, format, args...)
+	n.hangUp()
+	n.lost()
 }
 
 // released drops the outputs up to seq: the primary's have left.
@@ -135,6 +159,7 @@ func (n *Node) Executed(p Point, d Digest, tainted bool) bool {
 	}
 	n.marks = n.marks[1:]
 	n.executed = m.Point
+	n.shorten()
 	if m.Tainted || n.dirtyRun {
 		n.tainted = true
 	}

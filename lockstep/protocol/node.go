@@ -90,7 +90,7 @@ const (
 	cutApplying        // backup: all of it is staged, the shell is applying it
 )
 
-// span is log that has been sent and that the backup has not executed yet.
+// span is log that the backup has, or will get, and has not executed yet.
 type span struct {
 	upTo  Point
 	bytes int
@@ -115,16 +115,17 @@ type Node struct {
 	peer    Phase // as the peer last said
 
 	// The arbiter.
-	record   Record // the newest that this node knows
-	bid      Record // what it is trying to swap in; Epoch 0: nothing
-	bids     uint64
-	asked    uint64 // id of the request that waits for its answer; 0: none
-	askedAt  uint64
-	requests uint64
-	retryAt  uint64 // tick at which to ask again
-	idle     uint64 // tick since which there has been neither peer nor bid
-	forced   bool
-	refused  bool // the event has been shown
+	record     Record // the newest that this node knows
+	bid        Record // what it is trying to swap in; Epoch 0: nothing
+	bids       uint64
+	asked      uint64 // id of the request that waits for its answer; 0: none
+	askedAt    uint64
+	requests   uint64
+	retryAt    uint64 // tick at which to ask again
+	idle       uint64 // tick since which there has been neither peer nor bid
+	forced     bool
+	refused    bool // the event has been shown
+	unanswered bool // likewise
 
 	// The guest, on either side.
 	hasState bool // this side holds a guest's state
@@ -144,7 +145,7 @@ type Node struct {
 	pendedAt uint64
 	mark     *Item // newest watermark, if newer than all of pending
 	lastMark Point
-	lead     []span
+	lead     []span // on either side
 	leadSize int
 	waiting  bool // Pace{true} is in force
 	tainted  bool // somewhere in this term, on this side or as the backup says
@@ -391,9 +392,7 @@ func (n *Node) stepHello(m Message) {
 		n.send(Message{Type: MsgJoin, Epoch: n.record.Epoch})
 	case n.phase == Syncing, n.phase == Protected, n.phase == Switching:
 		// It has given up what this side relies on: as good as lost.
-		n.event(EventProtocol, "the backup says that it is waiting")
-		n.hangUp()
-		n.lost()
+		n.violation("the backup says that it is waiting")
 	}
 }
 

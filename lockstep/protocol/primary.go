@@ -209,10 +209,7 @@ func (n *Node) stepPrimary(m Message) {
 func (n *Node) acked(m Message) {
 	n.received, n.executed, n.clean = m.Received, m.Executed, m.Clean
 	n.tainted = n.tainted || m.Tainted
-	for len(n.lead) > 0 && !n.executed.Before(n.lead[0].upTo) {
-		n.leadSize -= n.lead[0].bytes
-		n.lead = n.lead[1:]
-	}
+	n.shorten()
 	if n.phase != Syncing {
 		n.commit()
 	}
@@ -221,6 +218,14 @@ func (n *Node) acked(m Message) {
 	n.pace()
 	if n.logging && n.mark != nil && !n.executed.Before(n.lastMark) {
 		n.flush() // the backup is idle
+	}
+}
+
+// shorten forgets log that has been executed.
+func (n *Node) shorten() {
+	for len(n.lead) > 0 && !n.executed.Before(n.lead[0].upTo) {
+		n.leadSize -= n.lead[0].bytes
+		n.lead = n.lead[1:]
 	}
 }
 

@@ -64,7 +64,6 @@ func (w *world) dial() {
 	w.conns++
 	conn := w.conns
 	for _, s := range w.sides {
-		s := s
 		life := s.life
 		w.carry(w.sides[1-s.index()], conn, func() {
 			s.on(life, func() {
@@ -102,7 +101,6 @@ func (w *world) breakLink() {
 	for _, s := range w.sides {
 		if s.up && w.rng.IntN(3) > 0 {
 			life := s.life
-			s := s
 			w.after(w.between(1, 500), func() { s.on(life, func() { s.linkDown(conn) }) })
 		}
 	}

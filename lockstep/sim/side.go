@@ -103,7 +103,6 @@ type side struct {
 	buffer   cutPages
 	staged   *cutState
 	stagedIn cutPages
-	draining bool
 }
 
 func newSide(w *world, id protocol.Side) *side {
@@ -144,7 +143,7 @@ func (s *side) crash() {
 	w.stats.Crashes++
 	w.tracef("%v crashes", s.id)
 	s.up, s.paused, s.deferred = false, false, nil
-	for id := range uint64(s.g.nextReq + 1) { // in order: a run must repeat
+	for id := range s.g.nextReq + 1 { // in order: a run must repeat
 		if r, ok := s.issued[id]; ok && w.chance(2) {
 			s.disk[r.slot] = r.val
 		}
@@ -268,7 +267,9 @@ func (s *side) do(a protocol.Action) {
 	case protocol.Pace:
 		s.wait = a.Wait
 	case protocol.GoLive:
-		w.checkTwin(s)
+		if s.node.Phase() == protocol.Alone { // a hand-over has begun a term already
+			w.checkTwin(s)
+		}
 		w.stats.TakeOvers++
 		s.goLive()
 	case protocol.Follow:

@@ -178,7 +178,7 @@ func (a *Arbiter) create(r protocol.Record) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) //nolint:errcheck // what stays behind is in nobody's way
+	defer os.Remove(f.Name()) // what stays behind is in nobody's way
 	_, err = f.Write(append(data, '\n'))
 	if err == nil {
 		err = f.Sync()
