@@ -257,6 +257,25 @@ func (e *Encoder) End(b []byte, pos vmm.Position, end vmm.Exit) []byte {
 	return appendBytes(b, []byte(end.Detail[:min(len(end.Detail), maxDetail)]))
 }
 
+// Entry appends a decoded entry again.
+func (e *Encoder) Entry(b []byte, x *Entry) []byte {
+	switch x.Kind {
+	case Sample:
+		return e.Sample(b, x.Pos, x.Time)
+	case Input:
+		return e.Input(b, x.Pos, &x.Input, x.Input.Data)
+	case Stop:
+		return e.Stop(b, x.Pos, x.Stop)
+	case Closed, Here:
+		return e.Mark(b, x.Kind, x.Pos, x.Checks, x.Sum)
+	case Record:
+		r := x.Exit
+		r.Regs = &x.Regs
+		return e.Record(b, &r)
+	}
+	return e.End(b, x.Pos, x.End)
+}
+
 // ErrFormat reports bytes that are no entry.
 var ErrFormat = errors.New("log: malformed entry")
 
