@@ -148,6 +148,7 @@ type Node struct {
 	lead     []span // on either side
 	leadSize int
 	waiting  bool // Pace{true} is in force
+	slow     bool // the backup is, and an event has said so
 	tainted  bool // somewhere in this term, on this side or as the backup says
 	base     bool // the backup holds the start of this term
 	received Point
@@ -326,6 +327,7 @@ func (n *Node) Tick() {
 			}
 		}
 		n.pace()
+		n.watch()
 	}
 }
 

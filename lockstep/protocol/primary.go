@@ -139,9 +139,15 @@ func (n *Node) pace() {
 	}
 	n.waiting = wait
 	n.do(Pace{wait})
-	if wait && late && n.now-n.lead[0].tick > uint64(n.cfg.LeadTicks) && n.cut == noCut {
-		n.event(EventSlow, "backup at %v, primary at %v", n.executed, n.lastMark)
+}
+
+// watch tells apart a backup that is slow from one that is dead: this one's heartbeats come.
+func (n *Node) watch() {
+	slow := n.logging && n.cut == noCut && len(n.lead) > 0 && n.now-n.lead[0].tick >= uint64(n.cfg.SuspectTicks) && !n.suspect
+	if slow && !n.slow {
+		n.event(EventSlow, "backup is alive at %v, primary at %v", n.executed, n.lastMark)
 	}
+	n.slow = slow
 }
 
 func (n *Node) stopLogging() {

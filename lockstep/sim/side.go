@@ -213,7 +213,9 @@ func (s *side) act() {
 			return
 		}
 		for _, a := range todo {
-			s.w.tracef("%v: %v", s.id, a)
+			if m, ok := a.(protocol.Send); !ok || m.Message.Type != protocol.MsgHeartbeat {
+				s.w.tracef("%v: %v", s.id, a)
+			}
 			s.do(a)
 			odds := int64(20000)
 			if _, ok := a.(protocol.Release); ok {
