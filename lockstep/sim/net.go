@@ -214,7 +214,7 @@ func (w *world) fault() {
 	case 9:
 		if s.up && !s.paused {
 			s.on(s.life, func() { s.node.NeedCut("input waits") })
-			if w.chance(2) { // a kill that is aimed at the middle of it
+			if w.chance(2) {
 				w.after(w.between(50, 700), s.crash)
 			}
 		}

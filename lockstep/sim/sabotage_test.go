@@ -9,7 +9,7 @@ import (
 )
 
 // limit is the number of seeds within which each broken rule must be noticed.
-const limit = 300
+const limit = 1000
 
 func caught(t *testing.T, name string, o Options) {
 	t.Run(name, func(t *testing.T) {

@@ -346,6 +346,9 @@ func (s *side) do(a protocol.Action) {
 			}
 		}
 		s.stagedIn.which |= c.which
+		if w.faulty && w.chance(20) { // a kill that is aimed at the middle of a cut
+			w.after(w.between(1, 150), w.sides[1-s.index()].crash)
+		}
 	case protocol.Apply:
 		s.later(w.between(1, 100), s.apply)
 	case protocol.Discard:
