@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"context"
 	"encoding/binary"
 	"os"
 	"os/exec"
@@ -147,4 +148,55 @@ func TestIPXEOnTopOfSeaBIOS(t *testing.T) {
 	at = pc.expect(t, at, "iPXE 1.")
 	at = pc.expect(t, at, "the command line has arrived")
 	pc.expect(t, at, "iPXE>")
+}
+
+// hideCursor is the last that memtest86+ writes before it asks for keys, for five seconds.
+const hideCursor = "\x1b[?25l"
+
+// memtest86+ is entered directly, by the Linux boot protocol, and steered over the serial
+// line. On a KVM that emulates guest kernel code its temperature display needs vmm's x87 instructions, and its
+// test 0 does not run: such a KVM refuses to switch the caches off (CR0.CD).
+func TestMemtest(t *testing.T) {
+	screen := newTerminal()
+	m, err := vmm.New(vmm.Config{
+		// Small, since the program goes through all of it.
+		Memory: 32 << 20, Kernel: thirdParty(t, memtestImage, "memtest86+"), Serial: []vmm.Console{screen},
+		// No benchmark, no SMBus, no probing for CPUs; and there is no i8042 to poll for keys.
+		Cmdline: "console=ttyS0,115200 nobench nosm nosmp keyboard=usb",
+	})
+	require.NoError(t, err)
+	ended := make(chan vmm.Exit, 1)
+	go func() {
+		e, err := m.Run(context.Background())
+		if err != nil {
+			e.Detail = err.Error()
+		}
+		ended <- e
+	}()
+	defer func() {
+		m.Quit()
+		e := <-ended
+		require.NoError(t, m.Close())
+		require.Equal(t, vmm.ExitQuit, e.Reason, "%+v", e)
+	}()
+	at := screen.waitFor(t, 0, hideCursor, emulatedLimit)
+	for _, step := range []struct{ keys, answer string }{
+		{"1", "<F10> Exit menu"}, // the configuration
+		{"1", "0---------10"},    // which tests
+		{"1", "..........."},     // none,
+		{"3", "Enter test #"},    // but for
+		{"3\r", "...*......."},   // this one
+		{"0", "<F10> Exit menu"},
+		{"0", "Memtest86+ v"},
+		{"", "CPU: 1 Cores 1 Threads"},
+		{"", "[Moving inversions, 1s & 0s]"},
+		{"", "0x0000000000000000"}, // the first pattern
+		{"", "0xffffffffffffffff"}, // and the next
+	} {
+		screen.deliver([]byte(step.keys))
+		at = screen.waitFor(t, at, step.answer, emulatedLimit)
+	}
+	at = screen.waitFor(t, at, "Errors: ", emulatedLimit)
+	screen.waitFor(t, at, "0 ", emulatedLimit)
+	require.NotContains(t, screen.String(), "Unexpected")
 }

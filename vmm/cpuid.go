@@ -26,6 +26,7 @@ const (
 	leafHVEnd      = 0x4000_ffff
 	leafExtFeature = 0x8000_0001
 	leafAPM        = 0x8000_0007
+	leafExtSizes   = 0x8000_0008
 	leafSVM        = 0x8000_000a
 	leafExtTopo    = 0x8000_001e
 
@@ -114,6 +115,8 @@ func CPUIDTable(supported []kvm.CPUIDEntry, apicID uint32) []kvm.CPUIDEntry {
 			e.Edx &^= edxRDTSCP
 		case leafAPM:
 			e.Edx &^= edxInvariantTSC
+		case leafExtSizes:
+			e.Ecx &^= 0xf0ff // AMD: one core (APM vol. 3, E.4.7)
 		case leafExtTopo:
 			e.Eax, e.Ebx, e.Ecx, e.Edx = apicID, 0, 0, 0
 		}
