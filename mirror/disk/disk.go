@@ -113,10 +113,12 @@ type disk struct {
 
 	queue   chan job
 	idle    atomic.Int32 // workers that wait for a job
+	alone   soloist      // one more worker, which is asked first
 	workers sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows, and sends on queue against its closing
-	started int
+	started int        // workers
+	solo    bool       // the soloist has started
 	closed  bool
 }
 
@@ -178,6 +180,14 @@ func (d *disk) submit(j job) error {
 	if d.closed {
 		return ErrClosed
 	}
+	if !d.solo && d.max > 1 {
+		d.solo = true
+		d.workers.Add(1)
+		go d.playAlone()
+	}
+	if d.alone.play(j) {
+		return nil
+	}
 	select {
 	case d.queue <- j:
 	default:
@@ -185,7 +195,7 @@ func (d *disk) submit(j job) error {
 	}
 	// One worker for each job that waits, as far as they go. The count of idle ones may be behind:
 	// then a worker too many starts, once.
-	if d.started < d.max && int(d.idle.Load()) < len(d.queue) {
+	if d.started < max(d.max-1, 1) && int(d.idle.Load()) < len(d.queue) {
 		d.started++
 		d.workers.Add(1)
 		go d.work()
@@ -203,15 +213,32 @@ func (d *disk) work() {
 		if !ok {
 			return
 		}
-		if d.observe == nil {
-			j.done(d.do(j.r))
-			continue
-		}
-		begun := time.Now()
-		err := d.do(j.r)
-		d.observe(j.r.Op, begun.Sub(j.at), time.Since(begun), err)
-		j.done(err)
+		d.carryOut(j)
 	}
+}
+
+// playAlone is the soloist's life.
+func (d *disk) playAlone() {
+	defer d.workers.Done()
+	for {
+		j, ok := d.alone.next()
+		if !ok {
+			return
+		}
+		d.carryOut(j)
+	}
+}
+
+// carryOut carries out a job and reports it.
+func (d *disk) carryOut(j job) {
+	if d.observe == nil {
+		j.done(d.do(j.r))
+		return
+	}
+	begun := time.Now()
+	err := d.do(j.r)
+	d.observe(j.r.Op, begun.Sub(j.at), time.Since(begun), err)
+	j.done(err)
 }
 
 // do carries out a request.
@@ -261,6 +288,7 @@ func (d *disk) Close() error {
 	}
 	d.closed = true
 	close(d.queue)
+	d.alone.stop()
 	d.mu.Unlock()
 	d.workers.Wait()
 
