@@ -157,7 +157,7 @@ func handshakeError(err error) *Error {
 	case errors.As(err, &e):
 		return e
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return refuse(HandshakeTooOld, "the peer takes too long to shake hands: %w", err)
+		return refuse(HandshakeTimedOut, "the peer takes too long to shake hands: %w", err)
 	case errors.As(err, &op) && op.Op == "remote error":
 		return refuse(RefusedByPeer, "the peer refuses the connection, see its log: %w", err)
 	}
@@ -240,7 +240,7 @@ func (f *frameReader) failure(err error) *Error {
 	case errors.As(err, &op) && op.Op == "remote error":
 		return refuse(RefusedByPeer, "the peer refuses the connection, see its log: %w", err)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return refuse(HandshakeTooOld, "the peer takes too long to say hello: %w", err)
+		return refuse(HandshakeTimedOut, "the peer takes too long to say hello: %w", err)
 	case errors.Is(err, io.ErrUnexpectedEOF), f.end > f.start:
 		return refuse(Truncated, "the connection ended inside a frame: %w", err)
 	}

@@ -144,11 +144,12 @@ func (s *Session) greet(ctx context.Context, index int, class Class, address str
 	}
 	k, bad := handshake(ctx, s.cfg, c, true)
 	if bad != nil {
-		return nil, bad
+		return nil, tooLate(ctx, bad)
 	}
 	defer func() {
 		if bad != nil {
 			k.transport.end()
+			bad = tooLate(ctx, bad)
 		}
 	}()
 	defer context.AfterFunc(ctx, k.transport.end)()
@@ -181,6 +182,14 @@ func (s *Session) greet(ctx context.Context, index int, class Class, address str
 		return nil, bad
 	}
 	return k, s.meet(&k.hello)
+}
+
+// tooLate gives what failed because the time was up that reason.
+func tooLate(ctx context.Context, err *Error) *Error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return refuse(HandshakeTimedOut, "the peer takes too long: %w", err.Err)
+	}
+	return err
 }
 
 // meet compares a welcome with the session, which the first one completes.
@@ -347,17 +356,15 @@ func (l *Listener) welcome(ctx context.Context, c net.Conn) *Error {
 	defer cancel()
 	k, bad := handshake(ctx, l.cfg, c, false)
 	if bad != nil {
-		return bad
+		return tooLate(ctx, bad)
 	}
 	stop := context.AfterFunc(ctx, k.transport.end)
 	s, bad := l.introduce(k)
 	if bad != nil {
-		if !bad.ByPeer {
-			_ = k.write(kindRefusal, appendRefusal(nil, bad))
-		}
+		_ = k.write(kindRefusal, appendRefusal(nil, bad))
 		stop()
 		k.transport.end()
-		return bad
+		return tooLate(ctx, bad)
 	}
 	// Before the answer: the peer's next connection may come at once.
 	if !s.place(k, k.hello.class, int(k.hello.path)) {
@@ -374,7 +381,7 @@ func (l *Listener) welcome(ctx context.Context, c net.Conn) *Error {
 		return handshakeError(err)
 	}
 	if !stop() {
-		return refuse(HandshakeTooOld, "the peer takes too long to say hello")
+		return refuse(HandshakeTimedOut, "the peer takes too long to say hello")
 	}
 	s.ready(k, int(k.hello.path))
 	return nil
@@ -438,7 +445,7 @@ func (l *Listener) hand(s *Session) {
 			s.fail(refuse(Busy, "%d sessions wait to be accepted", maxWaiting))
 		}
 	case <-limit.C:
-		s.fail(refuse(HandshakeTooOld, "the peer did not complete a path"))
+		s.fail(refuse(HandshakeTimedOut, "the peer did not complete a path"))
 	case <-l.done:
 		s.Close("the listener was closed")
 	case <-s.done:

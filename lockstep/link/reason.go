@@ -11,20 +11,20 @@ type Reason string
 
 // Reasons to refuse a connection.
 const (
-	NotTLS          Reason = "tls-failed"                // no TLS 1.3 handshake with a certificate took place
-	BadCertificate  Reason = "bad-certificate"           // the certificate names no pair and side
-	Untrusted       Reason = "untrusted-certificate"     // not signed by this pair's authority
-	WrongPair       Reason = "wrong-pair"                // of another pair
-	SameSide        Reason = "same-side"                 // both ends hold the keys of one side
-	Expired         Reason = "certificate-expired"       // by this host's clock
-	NotYetValid     Reason = "certificate-not-yet-valid" // by this host's clock
-	BadHello        Reason = "bad-hello"                 // the first message is not a hello
-	WrongVersion    Reason = "wrong-version"             // no common version of the protocol
-	UnknownSession  Reason = "unknown-session"           // a path for a session that is over or was never there
-	Busy            Reason = "busy"                      // too many connections at once
-	HandshakeTooOld Reason = "handshake-timeout"         // the peer did not finish its hello in time
-	Unreachable     Reason = "unreachable"               // nobody answers at the address
-	RefusedByPeer   Reason = "refused-by-peer"           // the peer closed the connection; its log says why
+	NotTLS            Reason = "tls-failed"                // no TLS 1.3 handshake with a certificate took place
+	BadCertificate    Reason = "bad-certificate"           // the certificate names no pair and side
+	Untrusted         Reason = "untrusted-certificate"     // not signed by this pair's authority
+	WrongPair         Reason = "wrong-pair"                // of another pair
+	SameSide          Reason = "same-side"                 // both ends hold the keys of one side
+	Expired           Reason = "certificate-expired"       // by this host's clock
+	NotYetValid       Reason = "certificate-not-yet-valid" // by this host's clock
+	BadHello          Reason = "bad-hello"                 // the first message is not a hello
+	WrongVersion      Reason = "wrong-version"             // no common version of the protocol
+	UnknownSession    Reason = "unknown-session"           // a path for a session that is over or was never there
+	Busy              Reason = "busy"                      // too many connections at once
+	HandshakeTimedOut Reason = "handshake-timeout"         // the peer did not finish its hello in time
+	Unreachable       Reason = "unreachable"               // nobody answers at the address
+	RefusedByPeer     Reason = "refused-by-peer"           // the peer closed the connection; its log says why
 )
 
 // Reasons for the end of a session or a path.

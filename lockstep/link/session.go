@@ -533,10 +533,11 @@ func (s *Session) readControl(p *path) {
 		}
 		p.heard.Store(s.now())
 		if h.kind == kindBye {
+			bye := refuse(PeerClosed, "the peer closed the link: %s", printable(payload))
 			s.mu.Lock()
-			s.bye = refuse(PeerClosed, "the peer closed the link: %s", printable(payload))
+			s.bye = bye
 			s.mu.Unlock()
-			s.loseSoon(p, s.bye)
+			s.loseSoon(p, bye)
 			return
 		}
 		if err := s.beat(p, h.kind, payload); err != nil {
