@@ -5,7 +5,7 @@ package protocol
 // Log logs the inputs that the guest gets at a point. Completes says that a disk request
 // completes there. The order at a stop is Log, Output for what the guest sent, Mark.
 func (n *Node) Log(p Point, data []byte, completes bool) {
-	if !n.logging {
+	if !n.logging || n.cfg.Commit == Checkpointed {
 		return
 	}
 	if completes && !n.broken(CoalesceMarks) {
@@ -21,6 +21,11 @@ func (n *Node) Log(p Point, data []byte, completes bool) {
 // Tainted says that the guest may have read a clock that could not be trapped since the last Mark.
 func (n *Node) Mark(p Point, d Digest, tainted bool) {
 	if !n.logging {
+		return
+	}
+	if n.cfg.Commit == Checkpointed {
+		n.tainted = true // the backup is not in this state until the next cut
+		n.pace()
 		return
 	}
 	if tainted {
@@ -242,6 +247,8 @@ func (n *Node) committed(o Output) bool {
 		return false
 	case o.Point == Point{}: // came with the cut
 		return true
+	case n.cfg.Commit == Checkpointed:
+		return false
 	case n.cfg.Commit == Received:
 		return !n.received.Before(o.Point)
 	}

@@ -21,7 +21,7 @@ var update = flag.Bool("update", false, "rewrite the expected output of transcri
 //
 // Commands (S is A or B):
 //
-//	start S [received]   start the process of S, as a new incarnation
+//	start S [RULE]       start the process of S, as a new incarnation
 //	crash S              end it: its messages arrive, its memory is gone
 //	link                 make a connection
 //	down S               tell S that its connection is gone
@@ -147,8 +147,10 @@ func (h *pair) run(cmd []string) string {
 		cfg.Create = s == protocol.A
 		*x = host{life: x.life + 1}
 		cfg.Incarnation = uint64(s)<<32 | uint64(x.life)<<16
-		if arg(2) == "received" {
-			cfg.Commit = protocol.Received
+		for _, c := range []protocol.Commit{protocol.Received, protocol.Checkpointed} {
+			if arg(2) == c.String() {
+				cfg.Commit = c
+			}
 		}
 		x.node = protocol.New(cfg)
 	case "crash":

@@ -144,12 +144,18 @@ const (
 	// Received: the backup has the log up to the output's point. Allowed only where every clock
 	// of the guest traps and both hosts have passed the self-test.
 	Received
+	// Checkpointed: a cut that carries the output has been applied. The backup is passive: it gets
+	// no log and replays nothing; the shell asks for a cut at every interval (NeedCut).
+	Checkpointed
 )
 
 // String returns the name that the configuration uses.
 func (c Commit) String() string {
-	if c == Received {
+	switch c {
+	case Received:
 		return "received"
+	case Checkpointed:
+		return "checkpointed"
 	}
 	return "executed"
 }

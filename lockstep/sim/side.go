@@ -202,6 +202,9 @@ func (s *side) linkDown(conn uint64) {
 func (s *side) ticking() {
 	s.later(s.tick, s.ticking)
 	s.node.Tick()
+	if s.w.commit == protocol.Checkpointed && s.w.chance(8) {
+		s.node.NeedCut("interval")
+	}
 }
 
 // act carries out what the node wants.

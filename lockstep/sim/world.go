@@ -183,13 +183,15 @@ func Run(o Options) (Stats, error) {
 		released: map[version]uint64{}, trail: map[instant]uint64{}, lastAt: map[uint64][2]int64{}, faulty: true,
 	}
 	w.loss = int(w.between(0, 30))
-	switch w.rng.IntN(4) {
+	switch w.rng.IntN(5) {
 	case 0:
 		w.commit = protocol.Received
 	case 1:
 		w.hasTSC = true
 	case 2:
 		w.flips = true
+	case 3:
+		w.commit = protocol.Checkpointed
 	}
 	w.sides[0] = newSide(w, protocol.A)
 	w.sides[1] = newSide(w, protocol.B)
