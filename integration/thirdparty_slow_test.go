@@ -200,3 +200,16 @@ func TestMemtest(t *testing.T) {
 	screen.waitFor(t, at, "0 ", emulatedLimit)
 	require.NotContains(t, screen.String(), "Unexpected")
 }
+
+// save stops the machine for good, at whatever it does, and returns the file of its state.
+func (pc *biosPC) save(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "saved")
+	ctx, cancel := context.WithTimeout(context.Background(), emulatedLimit)
+	defer cancel()
+	require.NoError(t, pc.Pause(ctx)) // so that it writes nothing more to its disk
+	require.NoError(t, pc.Save(ctx, path))
+	pc.close()
+	require.Equal(t, vmm.ExitQuit, pc.wait(t).Reason)
+	return path
+}

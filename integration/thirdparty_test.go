@@ -116,19 +116,6 @@ func (pc *biosPC) expect(t testing.TB, from int, text string) int {
 	return pc.waitFor(t, from, text, emulatedLimit)
 }
 
-// save stops the machine for good, at whatever it does, and returns the file of its state.
-func (pc *biosPC) save(t testing.TB) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "saved")
-	ctx, cancel := context.WithTimeout(context.Background(), emulatedLimit)
-	defer cancel()
-	require.NoError(t, pc.Pause(ctx)) // so that it writes nothing more to its disk
-	require.NoError(t, pc.Save(ctx, path))
-	pc.close()
-	require.Equal(t, vmm.ExitQuit, pc.wait(t).Reason)
-	return path
-}
-
 // withDisk adds a virtio disk on an image to boot from.
 func withDisk(t testing.TB, path string, modern bool) func(*vmm.Config) {
 	return func(c *vmm.Config) {

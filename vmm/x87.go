@@ -505,11 +505,15 @@ func (m *Machine) emulateX87(insn []byte, regs *kvm.Regs) (int, error) {
 	if !ok {
 		return 0, nil
 	}
-	if !store {
-		for _, s := range spans {
-			if m.mem.Read(s.gpa, s.p) != nil {
-				return 0, nil
-			}
+	for _, s := range spans {
+		if !m.mem.Contains(s.gpa, uint64(len(s.p))) {
+			return 0, nil
+		}
+		if store {
+			continue
+		}
+		if err := m.mem.Read(s.gpa, s.p); err != nil {
+			return 0, err
 		}
 	}
 	if !f.memory(op, reg, kind, store, p) {
@@ -517,8 +521,8 @@ func (m *Machine) emulateX87(insn []byte, regs *kvm.Regs) (int, error) {
 	}
 	if store {
 		for _, s := range spans {
-			if m.mem.Write(s.gpa, s.p) != nil {
-				return 0, nil
+			if err := m.mem.Write(s.gpa, s.p); err != nil {
+				return 0, err
 			}
 		}
 	}

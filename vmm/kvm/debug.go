@@ -65,7 +65,7 @@ type Statistic struct {
 // statsHeader is struct kvm_stats_header, statsDesc the fixed part of struct kvm_stats_desc.
 type (
 	statsHeader struct {
-		_, _, descs, _, descOffset, dataOffset uint32
+		_, _, _, _, descOffset, dataOffset uint32
 	}
 	statsDesc struct {
 		_      uint32 // flags
