@@ -42,19 +42,9 @@ type Config struct {
 	Now func() time.Time
 
 	versions [2]uint16 // zero for MinVersion to MaxVersion
-	threads  threads
 	tls      *tls.Config
 	events   *sync.Mutex
 }
-
-// threads says how the log's connection is read and written. All but the zero value is for benchmarks.
-type threads uint8
-
-const (
-	blocking       threads = iota // blocking descriptors
-	blockingLocked                // and goroutines locked to their threads
-	polled                        // the network poller
-)
 
 // complete returns the configuration with its defaults.
 func (c Config) complete() (*Config, error) {

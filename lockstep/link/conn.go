@@ -7,141 +7,30 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
-
-// transport is the TCP connection below TLS. It begins with Go's network poller, which has deadlines. For the log it
-// changes to a blocking descriptor: the kernel then wakes the reader's own thread, without the
-// poller's between, which is half of the round trip or more on a quiet host.
-type transport struct {
-	net.Conn
-
-	mu    sync.Mutex
-	fd    int // -1 while the poller has it
-	cut   bool
-	users int // loops that use fd; the last one closes it
-}
-
-// block changes to a blocking descriptor that users loops will use, each of which calls release. Nobody may be
-// reading or writing.
-func (t *transport) block(users int) error {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	sc, ok := t.Conn.(syscall.Conn)
-	if !ok || t.cut {
-		return nil // not a socket: the poller's interface does
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return err
-	}
-	fd := -1
-	var dup error
-	if err := raw.Control(func(old uintptr) { fd, dup = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return err
-	}
-	if dup != nil {
-		return os.NewSyscallError("fcntl", dup)
-	}
-	if err := t.Close(); err != nil {
-		return errors.Join(err, unix.Close(fd))
-	}
-	if err := unix.SetNonblock(fd, false); err != nil {
-		return errors.Join(os.NewSyscallError("fcntl", err), unix.Close(fd))
-	}
-	t.fd, t.users = fd, users
-	return nil
-}
-
-// release says that a loop no longer uses the connection.
-func (t *transport) release() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.fd < 0 {
-		return
-	}
-	if t.users--; t.users == 0 {
-		_ = unix.Close(t.fd)
-		t.fd = -1
-	}
-}
-
-// end breaks the connection: whoever reads or writes gets an error.
-func (t *transport) end() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.cut = true
-	if t.fd < 0 {
-		t.Close()
-		return
-	}
-	_ = unix.Shutdown(t.fd, unix.SHUT_RDWR)
-}
-
-// Read and Write use t.fd without the lock: it is open until their loop calls release.
-
-func (t *transport) Read(p []byte) (int, error) {
-	if t.fd < 0 {
-		return t.Conn.Read(p)
-	}
-	for {
-		n, err := unix.Read(t.fd, p)
-		switch {
-		case err == unix.EINTR:
-			continue
-		case err != nil:
-			return 0, os.NewSyscallError("read", err)
-		case n == 0:
-			return 0, io.EOF
-		}
-		return n, nil
-	}
-}
-
-func (t *transport) Write(p []byte) (int, error) {
-	if t.fd < 0 {
-		return t.Conn.Write(p)
-	}
-	done := 0
-	for done < len(p) {
-		n, err := unix.Write(t.fd, p[done:])
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			return done, os.NewSyscallError("write", err)
-		}
-		done += n
-	}
-	return done, nil
-}
 
 // conn is one authenticated connection.
 type conn struct {
-	transport *transport
-	tls       *tls.Conn
-	frames    frameReader
-	hello     hello // the peer's
-	ready     bool  // both hellos are exchanged; Session.mu
+	raw    net.Conn // below TLS; closing it wakes whoever reads or writes
+	tls    *tls.Conn
+	frames frameReader
+	hello  hello // the peer's
+	ready  bool  // both hellos are exchanged; Session.mu
 }
 
 // handshake makes c a TLS connection with a verified peer. It closes c if that fails.
 func handshake(ctx context.Context, cfg *Config, c net.Conn, client bool) (*conn, *Error) {
-	t := &transport{Conn: c, fd: -1}
-	k := &conn{transport: t}
+	k := &conn{raw: c}
 	if client {
-		k.tls = tls.Client(t, cfg.tls)
+		k.tls = tls.Client(c, cfg.tls)
 	} else {
-		k.tls = tls.Server(t, cfg.tls)
+		k.tls = tls.Server(c, cfg.tls)
 	}
 	k.frames = frameReader{r: k.tls, buf: make([]byte, 2*maxRecord)}
 	_ = c.SetDeadline(time.Now().Add(cfg.HandshakeTimeout))
 	if err := k.tls.HandshakeContext(ctx); err != nil {
-		t.end()
+		c.Close()
 		return nil, handshakeError(err)
 	}
 	return k, nil

@@ -148,11 +148,11 @@ func (s *Session) greet(ctx context.Context, index int, class Class, address str
 	}
 	defer func() {
 		if bad != nil {
-			k.transport.end()
+			k.raw.Close()
 			bad = tooLate(ctx, bad)
 		}
 	}()
-	defer context.AfterFunc(ctx, k.transport.end)()
+	defer context.AfterFunc(ctx, func() { k.raw.Close() })()
 	s.mu.Lock()
 	peer := s.other
 	s.mu.Unlock()
@@ -358,12 +358,12 @@ func (l *Listener) welcome(ctx context.Context, c net.Conn) *Error {
 	if bad != nil {
 		return tooLate(ctx, bad)
 	}
-	stop := context.AfterFunc(ctx, k.transport.end)
+	stop := context.AfterFunc(ctx, func() { k.raw.Close() })
 	s, bad := l.introduce(k)
 	if bad != nil {
 		_ = k.write(kindRefusal, appendRefusal(nil, bad))
 		stop()
-		k.transport.end()
+		k.raw.Close()
 		return tooLate(ctx, bad)
 	}
 	// Before the answer: the peer's next connection may come at once.
@@ -377,7 +377,7 @@ func (l *Listener) welcome(ctx context.Context, c net.Conn) *Error {
 	h.min, h.max = v, v
 	if err := k.write(kindWelcome, h.append(nil)); err != nil {
 		stop()
-		k.transport.end()
+		k.raw.Close()
 		return handshakeError(err)
 	}
 	if !stop() {

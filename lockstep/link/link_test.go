@@ -9,6 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -18,7 +19,11 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if !beEcho(os.Stderr) {
+		goleak.VerifyTestMain(m)
+	}
+}
 
 // patience bounds waits that end long before it when all is well.
 const patience = 30 * time.Second

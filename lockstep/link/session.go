@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -179,7 +178,7 @@ func (s *Session) end(err *Error, bye string) (first bool) {
 	for _, h := range half {
 		for _, c := range h {
 			if c != nil {
-				c.transport.end()
+				c.raw.Close()
 			}
 		}
 	}
@@ -197,7 +196,7 @@ func (s *Session) fail(err *Error) {
 // leave says goodbye on a path and cuts it.
 func (p *path) leave(bye string) {
 	c := p.conns[control]
-	_ = c.transport.SetWriteDeadline(time.Now().Add(byeTime))
+	_ = c.raw.SetWriteDeadline(time.Now().Add(byeTime))
 	if c.write(kindBye, []byte(clip(bye, maxBye))) == nil {
 		time.Sleep(byeLead) // so that the peer reads why before it sees that
 	}
@@ -209,7 +208,7 @@ func (p *path) cut() {
 	p.once.Do(func() {
 		close(p.gone)
 		for _, c := range p.conns {
-			c.transport.end()
+			c.raw.Close()
 		}
 	})
 }
@@ -245,7 +244,7 @@ func (s *Session) place(c *conn, class Class, index int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {
-		c.transport.end()
+		c.raw.Close()
 		return false
 	}
 	half := &s.half[index]
@@ -254,13 +253,13 @@ func (s *Session) place(c *conn, class Class, index int) bool {
 		// attempt that failed.
 		for i, old := range half {
 			if old != nil {
-				old.transport.end()
+				old.raw.Close()
 				half[i] = nil
 			}
 		}
 	}
 	if half[class] != nil {
-		half[class].transport.end()
+		half[class].raw.Close()
 	}
 	half[class] = c
 	return true
@@ -294,11 +293,7 @@ func (s *Session) ready(c *conn, index int) *path {
 func (s *Session) attach(p *path) []Class {
 	p.heard.Store(s.now())
 	for _, c := range p.conns {
-		_ = c.transport.SetDeadline(time.Time{})
-	}
-	if s.cfg.threads != polled {
-		// If this fails the loops find a broken connection, or the poller goes on to do it.
-		_ = p.conns[Log].transport.block(2)
+		_ = c.raw.SetDeadline(time.Time{})
 	}
 	s.paths[p.index] = p
 	// A writer starts at the first unacknowledged byte when its class moves to it; if the class
@@ -443,10 +438,6 @@ func (s *Session) tell(moved []Class) {
 // read is the loop that takes one class's segments from one path.
 func (s *Session) read(p *path, class Class) {
 	c := p.conns[class]
-	defer c.transport.release()
-	if class == Log && s.cfg.threads == blockingLocked {
-		runtime.LockOSThread()
-	}
 	select {
 	case <-s.started:
 	case <-p.gone:
@@ -490,10 +481,6 @@ func (s *Session) protestSoon(p *path, err *Error) {
 // write is the loop that sends one class over one path, while the path is the class's.
 func (s *Session) write(p *path, class Class) {
 	c := p.conns[class]
-	defer c.transport.release()
-	if class == Log && s.cfg.threads == blockingLocked {
-		runtime.LockOSThread()
-	}
 	record := make([]byte, maxRecord)
 	at := cursor{path: p.index}
 	stop := func() bool {
