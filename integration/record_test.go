@@ -306,7 +306,7 @@ func rewrite(t testing.TB, path string, change func(e *log.Entry)) string {
 	for {
 		var e log.Entry
 		err := l.Next(&e)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		require.NoError(t, err)
