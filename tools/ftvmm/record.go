@@ -39,6 +39,7 @@ type tape struct {
 	file     *os.File
 	opts     record.Options
 	recorder *record.Recorder
+	begun    bool
 }
 
 // open makes the file. It must not exist: a recording cannot be made again.
@@ -71,6 +72,7 @@ func (t *tape) begin(m *vmm.Machine, restored bool) error {
 	if t == nil {
 		return nil
 	}
+	t.begun = true
 	return t.recorder.Begin(m, t.file, restored)
 }
 
@@ -82,9 +84,14 @@ func (t *tape) end(end vmm.Exit) error {
 	return t.recorder.End(end)
 }
 
+// Close closes the file; one without a recording in it is removed.
 func (t *tape) Close() error {
 	if t == nil {
 		return nil
 	}
-	return t.file.Close()
+	err := t.file.Close()
+	if !t.begun {
+		err = errors.Join(err, os.Remove(t.file.Name()))
+	}
+	return err
 }
