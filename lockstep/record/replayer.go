@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/ftvmm/ftvmm/devices"
 	"github.com/ftvmm/ftvmm/devices/virtio/blk"
@@ -14,8 +15,14 @@ import (
 	"github.com/ftvmm/ftvmm/vmm/kvm"
 )
 
-// maxUnit bounds the entries between two marks.
-const maxUnit = 1 << 20
+// Limits of a replayer.
+const (
+	// maxUnit bounds the entries between two marks.
+	maxUnit = 1 << 20
+	// maxJump bounds a step of time in nanoseconds: devices count their periods in it. In a recording the PM
+	// timer makes steps of seconds.
+	maxJump = int64(24 * time.Hour)
+)
 
 // ReplayOptions choose how a log is played.
 type ReplayOptions struct {
@@ -408,6 +415,9 @@ func (r *Replayer) accept(e *log.Entry) bool {
 	}
 	switch in.Kind {
 	case vmm.InputTime:
+		if in.Time > r.time+maxJump {
+			return bad(fmt.Sprintf("the time jumps to %d ns", in.Time), fmt.Sprintf("it is %d ns", r.time))
+		}
 		in.Time = r.advanceTime(in.Time)
 	case vmm.InputDisk:
 		key := request{int(in.Device), in.Tag}
@@ -467,12 +477,16 @@ func (r *Replayer) Sample(pos vmm.Position) int64 {
 		return r.time
 	}
 	r.head++
+	if e.Time > r.time+maxJump {
+		r.diverge(pos, "the guest reads a clock", fmt.Sprintf("the time jumps to %d ns", e.Time), fmt.Sprintf("it is %d ns", r.time))
+		return r.time
+	}
 	return r.advanceTime(e.Time)
 }
 
 // advanceTime keeps a log's time from going back, and from reaching "never".
 func (r *Replayer) advanceTime(t int64) int64 {
-	r.time = max(r.time, min(t, devices.Never-1))
+	r.time = max(r.time, min(t, devices.Never-1-maxJump))
 	return r.time
 }
 
