@@ -264,3 +264,35 @@ func TestBootProtocols(t *testing.T) {
 		})
 	}
 }
+
+// A 64-bit ELF file without a PVH note is entered in long mode.
+func TestBootELF64(t *testing.T) {
+	code := []byte{
+		0x48, 0xb8, 0, 0, 0, 0, 42, 0, 0, 0, // mov rax, 42<<32
+		0x48, 0xc1, 0xe8, 0x20, // shr rax, 32
+		0xe6, 0xf4, // out 0xf4, al
+		0xf4, // hlt
+	}
+	const base, headers = 0x20_0000, 64 + 56
+	le := binary.LittleEndian
+	file := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...) // 64 bits, little-endian, version 1
+	file = le.AppendUint16(file, 2)                                    // executable
+	file = le.AppendUint16(file, 62)                                   // x86-64
+	file = le.AppendUint32(file, 1)
+	file = le.AppendUint64(file, base+headers) // entry
+	file = le.AppendUint64(file, 64)           // program headers
+	file = append(file, make([]byte, 8+4)...)
+	for _, v := range []uint16{64, 56, 1, 0, 0, 0} {
+		file = le.AppendUint16(file, v)
+	}
+	file = le.AppendUint32(file, 1) // PT_LOAD
+	file = le.AppendUint32(file, 5) // readable, executable
+	size := uint64(headers + len(code))
+	for _, v := range []uint64{0, base, base, size, size, 0x1000} {
+		file = le.AppendUint64(file, v)
+	}
+	m, err := vmm.New(vmm.Config{Memory: 16 << 20, Kernel: append(file, code...)})
+	require.NoError(t, err)
+	defer m.Close()
+	require.Equal(t, vmm.Exit{Reason: vmm.ExitDebugExit, Code: 42}, run(t, m, emulatedLimit))
+}
