@@ -276,8 +276,8 @@ func TestBootELF64(t *testing.T) {
 	const base, headers = 0x20_0000, 64 + 56
 	le := binary.LittleEndian
 	file := append([]byte("\x7fELF\x02\x01\x01"), make([]byte, 9)...) // 64 bits, little-endian, version 1
-	file = le.AppendUint16(file, 2)                                    // executable
-	file = le.AppendUint16(file, 62)                                   // x86-64
+	file = le.AppendUint16(file, 2)                                   // executable
+	file = le.AppendUint16(file, 62)                                  // x86-64
 	file = le.AppendUint32(file, 1)
 	file = le.AppendUint64(file, base+headers) // entry
 	file = le.AppendUint64(file, 64)           // program headers
