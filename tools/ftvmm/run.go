@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/ftvmm/ftvmm/firmware"
+	"github.com/ftvmm/ftvmm/firmware/boot"
 	"github.com/ftvmm/ftvmm/integration/guests"
 	"github.com/ftvmm/ftvmm/mirror/disk"
 	"github.com/ftvmm/ftvmm/mirror/nic"
@@ -42,6 +43,9 @@ func build(g *config.Guest, ports *ports, event func(string, map[string]any), co
 	cfg := vmm.Config{
 		Name: g.Name, KVM: g.KVM, Memory: uint64(g.Memory), CPUs: g.CPUs, Cmdline: g.Append, RNG: g.RNG,
 		UUID: guestUUID(g), Event: event,
+	}
+	if cfg.KernelKind, err = boot.ParseKind(g.KernelKind); err != nil {
+		return b, err
 	}
 	if g.RTC == config.RTCLocal {
 		_, seconds := time.Now().Zone()

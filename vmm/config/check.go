@@ -115,6 +115,7 @@ func (c *checker) board() {
 		c.fail(Unsupported, "cpus", "give 1", "this version runs guests with one vCPU, not %d", c.CPUs)
 	}
 	c.oneOf("cpu", c.CPU, CPUHost)
+	c.oneOf("kernel_kind", c.KernelKind, KernelAuto, "linux", "pvh", "multiboot", "elf64", "flat")
 	c.oneOf("on_guest_shutdown", c.OnGuestShutdown, Stop, Restart)
 	c.oneOf("rtc", c.RTC, RTCUTC, RTCLocal)
 	if c.KVM == "" {

@@ -35,7 +35,9 @@ type Guest struct {
 	// "auto": none if there is a kernel or an embedded guest, else seabios.
 	Firmware string `toml:"firmware" json:"firmware"`
 	Kernel   string `toml:"kernel" json:"kernel"`
-	Initrd   string `toml:"initrd" json:"initrd"`
+	// KernelKind is the format of the kernel file, KernelAuto to detect it; a flat file cannot be detected.
+	KernelKind string `toml:"kernel_kind" json:"kernel_kind"`
+	Initrd     string `toml:"initrd" json:"initrd"`
 	// Append is the kernel's command line.
 	Append string `toml:"append" json:"append"`
 	// Embedded is the name of a guest that ftvmm carries in itself.
@@ -136,6 +138,7 @@ const (
 	Stop            = "stop"
 	Restart         = "restart"
 	RTCUTC          = "utc"
+	KernelAuto      = "auto"
 	RTCLocal        = "local"
 	DirectAuto      = "auto"
 	DirectOn        = "on"
@@ -151,7 +154,7 @@ const DefaultROM = "/usr/lib/ipxe/qemu/pxe-virtio.rom"
 // Default returns a guest with every setting at its default.
 func Default() *Guest {
 	return &Guest{
-		Memory: 256 * MiB, CPUs: 1, CPU: CPUHost, KVM: "/dev/kvm", Firmware: FirmwareAuto,
+		Memory: 256 * MiB, CPUs: 1, CPU: CPUHost, KVM: "/dev/kvm", Firmware: FirmwareAuto, KernelKind: KernelAuto,
 		Serials: []Serial{{Backend: console.Spec{Kind: console.Stdio}}}, Console: console.Spec{Kind: console.None}, DebugCon: console.Spec{Kind: console.None},
 		RNG: true, OnGuestShutdown: Stop, RTC: RTCUTC,
 	}

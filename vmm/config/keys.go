@@ -40,6 +40,7 @@ var keys = []Key{
 	text("cpu", "processor `model`: host", func(g *Guest) *string { return &g.CPU }),
 	text("firmware", "auto, seabios, none or the `file` of an image", func(g *Guest) *string { return &g.Firmware }),
 	text("kernel", "`file` of a kernel to enter directly: bzImage, ELF, multiboot or PVH", func(g *Guest) *string { return &g.Kernel }),
+	text("kernel_kind", "the kernel's `format`: auto, linux, pvh, multiboot, elf64 or flat (at 1 MiB, never detected)", func(g *Guest) *string { return &g.KernelKind }),
 	text("initrd", "`file` of the initial RAM disk", func(g *Guest) *string { return &g.Initrd }),
 	text("append", "the kernel's command `line`", func(g *Guest) *string { return &g.Append }),
 	list("disk", "add a `disk`: path=FILE[,readonly][,id=…][,bootindex=…][,size=…][,direct=auto|on|off][,queues=…][,queue_size=…][,legacy]",
