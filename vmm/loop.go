@@ -211,6 +211,12 @@ func (m *Machine) deliver() (again bool, err error) {
 		m.run.SetInterruptWindow(false)
 		return false, nil
 	}
+	if m.incomplete && !m.nmi && m.run.IfFlag == 0 {
+		// Interrupts are off, and completing an access to a device does not turn them on:
+		// the vector waits, and the instruction is completed by the next entry.
+		m.run.SetInterruptWindow(m.source.Anywhere() || m.async != nil && !m.noWindow)
+		return false, nil
+	}
 	if m.incomplete {
 		// Injecting on an incomplete exit could lose the vector, or deliver it inside the
 		// handler of a fault that the instruction still has to take.
