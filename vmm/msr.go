@@ -51,7 +51,6 @@ const (
 	msrKernelGSBase  = 0xc0000102
 	msrAMDSysCfg     = 0xc0010010
 	msrAMDHwcr       = 0xc0010015
-	msrAMDPatchLevel = 0x8b
 	mtrrVariable     = 8 // pairs of variable MTRRs that KVM has
 )
 
