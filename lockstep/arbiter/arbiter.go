@@ -5,7 +5,8 @@
 // fast, and it may be out of reach: then a side that needs it waits, frozen. What it must never do
 // is let two swaps to one epoch succeed, or show an older record after a newer one.
 //
-// Package file keeps the record on storage that both sides mount.
+// Package file keeps the record on storage that both sides mount, package etcd in an etcd cluster, which
+// package witness can be. Package open makes one of them from what a user wrote.
 package arbiter
 
 import (

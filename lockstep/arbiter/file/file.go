@@ -19,7 +19,6 @@ package file
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +28,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/ftvmm/ftvmm/lockstep/arbiter"
 	"github.com/ftvmm/ftvmm/lockstep/protocol"
 )
 
@@ -39,9 +39,6 @@ const (
 	suffix = ".json"
 	digits = 20
 )
-
-// maxRecord bounds a record's file, in bytes.
-const maxRecord = 4 << 10
 
 // Arbiter keeps the record of a pair in a directory of its own.
 type Arbiter struct{ dir string }
@@ -93,24 +90,17 @@ func (a *Arbiter) load(epoch uint64) (protocol.Record, error) {
 		return r, fmt.Errorf("reading arbiter: %w", err)
 	}
 	defer f.Close()
-	d := json.NewDecoder(io.LimitReader(f, maxRecord))
-	d.DisallowUnknownFields()
-	if err := d.Decode(&r); err != nil {
-		return protocol.Record{}, fmt.Errorf("reading arbiter: %s: %w", f.Name(), err)
+	data, err := io.ReadAll(io.LimitReader(f, arbiter.MaxRecord+1))
+	if err != nil {
+		return r, fmt.Errorf("reading arbiter: %w", err)
 	}
-	if err := check(r); err != nil || r.Epoch != epoch {
-		return protocol.Record{}, fmt.Errorf("reading arbiter: %s: it holds %v: %w", f.Name(), r, errors.Join(err, errBad))
+	if r, err = arbiter.Unmarshal(data); err != nil {
+		return r, fmt.Errorf("reading arbiter: %s: %w", f.Name(), err)
+	}
+	if r.Epoch != epoch {
+		return protocol.Record{}, fmt.Errorf("reading arbiter: %s: %w of this epoch: it holds %v", f.Name(), arbiter.ErrNotRecord, r)
 	}
 	return r, nil
-}
-
-var errBad = errors.New("not a record of this epoch")
-
-func check(r protocol.Record) error {
-	if r.Epoch == 0 || r.InSync&^protocol.Both != 0 || !r.InSync.Has(r.Primary) {
-		return errBad
-	}
-	return nil
 }
 
 // Read returns the newest record.
@@ -148,7 +138,7 @@ func (a *Arbiter) Read(ctx context.Context) (protocol.Record, error) {
 
 // Swap makes r the record if the present epoch is r.Epoch-1.
 func (a *Arbiter) Swap(ctx context.Context, r protocol.Record) (bool, protocol.Record, error) {
-	if err := check(r); err != nil {
+	if err := arbiter.Check(r); err != nil {
 		return false, protocol.Record{}, fmt.Errorf("swapping %v: %w", r, err)
 	}
 	held, err := a.Read(ctx)
@@ -169,7 +159,7 @@ func (a *Arbiter) Swap(ctx context.Context, r protocol.Record) (bool, protocol.R
 
 // create makes the record's file; the error is fs.ErrExist if its epoch is taken.
 func (a *Arbiter) create(r protocol.Record) error {
-	data, err := json.Marshal(r)
+	data, err := arbiter.Marshal(r)
 	if err != nil {
 		return err
 	}
@@ -179,7 +169,7 @@ func (a *Arbiter) create(r protocol.Record) error {
 		return err
 	}
 	defer os.Remove(f.Name()) // what stays behind is in nobody's way
-	_, err = f.Write(append(data, '\n'))
+	_, err = f.Write(data)
 	if err == nil {
 		err = f.Sync()
 	}
