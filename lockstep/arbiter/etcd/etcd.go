@@ -96,7 +96,7 @@ func Open(cfg Config) (*Arbiter, error) {
 		return nil, arbiter.Errorf(arbiter.BadSpec, "give at least one HOST:PORT", "no endpoint of the arbiter is given")
 	}
 	for _, e := range cfg.Endpoints {
-		if err := checkEndpoint(e, cfg.Keys == ""); err != nil {
+		if err := CheckEndpoint(e, cfg.Keys == ""); err != nil {
 			return nil, err
 		}
 	}

@@ -23,10 +23,8 @@ const (
 	KeyFile         = "witness-key.pem"  // this side's private key
 )
 
-// Scheme is that of the URI in a certificate that [witness.Grant] made, which names pair and side:
+// Scheme is that of the URI in a certificate that a witness granted, which names pair and side:
 // "ftvmm-witness:NAME/a".
-//
-// [witness.Grant]: https://pkg.go.dev/github.com/ftvmm/ftvmm/lockstep/arbiter/witness#Grant
 const Scheme = "ftvmm-witness"
 
 // maxKeyFile bounds what is read of a key file, in bytes.
@@ -88,8 +86,9 @@ func ReadKeyFile(path string, secret bool) ([]byte, error) {
 	return data, nil
 }
 
-// checkEndpoint refuses what is not "host:port", and hosts elsewhere if the connection is not encrypted.
-func checkEndpoint(endpoint string, plain bool) error {
+// CheckEndpoint refuses what is not "host:port", and if plain is set, when there is no encryption, a host that is
+// not this one.
+func CheckEndpoint(endpoint string, plain bool) error {
 	host, port, err := net.SplitHostPort(endpoint)
 	if err == nil && host == "" {
 		err = errors.New("the host is missing")
