@@ -53,6 +53,9 @@ func (b *Bell) Ring() {
 // Rung says whether the bell has rung and was not answered yet.
 func (b *Bell) Rung() bool { return b.rung.Load() != 0 }
 
+// Answer clears the bell and says whether it had rung, for a source that keeps the loop waiting in one of its methods.
+func (b *Bell) Answer() bool { return b.answer() }
+
 // answer clears the bell; the loop then looks at everything that may have rung it.
 func (b *Bell) answer() bool { return b.rung.Load() != 0 && b.rung.Swap(0) != 0 }
 

@@ -16,13 +16,17 @@ const maxCommands = 64
 // command is a function that the vCPU loop runs at a stop, with the last exit complete.
 type command struct {
 	f    func() error
-	done chan error
+	done chan error // nil: nobody waits, and an error ends the machine
+	raw  bool       // may run at any stop, also where the last exit cannot be completed
 }
 
 // do has the vCPU loop run f, with the vCPU stopped and the last exit complete, and
 // returns its error.
 func (m *Machine) do(ctx context.Context, f func() error) error {
-	c := command{f, make(chan error, 1)}
+	return m.order(ctx, command{f: f, done: make(chan error, 1)})
+}
+
+func (m *Machine) order(ctx context.Context, c command) error {
 	select {
 	case m.queue <- c:
 	case <-m.done:
@@ -51,15 +55,24 @@ func (m *Machine) commands() error {
 	for m.exit == nil {
 		select {
 		case c := <-m.queue:
-			if err := m.completeAll(); err != nil {
+			if !c.raw {
+				if err := m.completeAll(); err != nil {
+					if c.done != nil {
+						c.done <- err
+					}
+					return err
+				}
+			}
+			err := c.f()
+			if c.done != nil {
 				c.done <- err
+			} else if err != nil {
 				return err
 			}
-			c.done <- c.f()
 			continue
 		default:
 		}
-		if !m.paused.Load() {
+		if !m.paused.Load() && !m.frozen {
 			break
 		}
 		m.bell.Sleep(-1)
@@ -68,6 +81,23 @@ func (m *Machine) commands() error {
 	// Whatever rang meanwhile is looked at by the caller, who takes inputs next.
 	m.inputsRung = true
 	return nil
+}
+
+// queued runs the commands of a guest that has ended.
+func (m *Machine) queued() error {
+	for {
+		select {
+		case c := <-m.queue:
+			err := c.f()
+			if c.done != nil {
+				c.done <- err
+			} else if err != nil {
+				return err
+			}
+		default:
+			return nil
+		}
+	}
 }
 
 // Pause stops the guest and its time until Resume. Pausing a paused machine does nothing.
@@ -107,10 +137,10 @@ func (m *Machine) Reset(ctx context.Context) error {
 // Quit ends the machine at once, as pulling the plug would. It does not wait.
 func (m *Machine) Quit() {
 	go func() {
-		_ = m.do(context.Background(), func() error {
+		_ = m.order(context.Background(), command{raw: true, done: make(chan error, 1), f: func() error {
 			m.end(Exit{Reason: ExitQuit})
 			return nil
-		})
+		}})
 	}()
 }
 
@@ -185,7 +215,7 @@ func (m *Machine) Status(ctx context.Context) (Status, error) {
 		s.State = "created"
 		return s, nil
 	}
-	err := m.do(ctx, func() error {
+	err := m.order(ctx, command{raw: true, done: make(chan error, 1), f: func() error {
 		switch {
 		case m.paused.Load():
 			s.State = "paused"
@@ -198,7 +228,7 @@ func (m *Machine) Status(ctx context.Context) (Status, error) {
 		s.VirtualTime = time.Duration(m.clock.Now())
 		s.Stats = m.stats
 		return nil
-	})
+	}})
 	if errors.Is(err, ErrEnded) {
 		s.State = "ended"
 		return s, nil

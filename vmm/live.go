@@ -69,6 +69,9 @@ type Live struct {
 	// What each device still has room for within one Take.
 	frameLeft, consoleLeft []int
 
+	carriers map[int]bool // what the NICs last said
+
+	muted  bool // what comes is dropped: the guest does not live here
 	closed bool
 	wg     sync.WaitGroup
 }
@@ -92,7 +95,8 @@ func NewLive(disks []backend.Disk, nics []backend.NIC, consoles []Console) (*Liv
 	}
 	l := &Live{
 		disks: disks, nics: nics, cons: consoles, timer: fd, armed: devices.Never, paused: true,
-		frames: make([]int, len(nics)), bytes: make([]int, len(consoles)), log: slog.Default(),
+		carriers: map[int]bool{},
+		frames:   make([]int, len(nics)), bytes: make([]int, len(consoles)), log: slog.Default(),
 		frameLeft: make([]int, len(nics)), consoleLeft: make([]int, len(consoles)),
 	}
 	l.room.L = &l.mu
@@ -106,6 +110,9 @@ func (l *Live) Attach(bell *Bell) {
 	go l.watchTimer()
 	for i, n := range l.nics {
 		n.Start(func(frame []byte) { l.postFrame(i, frame) }, func(up bool) {
+			l.mu.Lock()
+			l.carriers[i] = up
+			l.mu.Unlock()
 			l.post(Input{Kind: InputLink, Device: uint16(i), Up: up})
 		})
 	}
@@ -287,6 +294,10 @@ func (l *Live) Wait(_ Position, next int64) {
 
 func (l *Live) post(in Input) {
 	l.mu.Lock()
+	if l.muted {
+		l.mu.Unlock()
+		return
+	}
 	l.queue = append(l.queue, in)
 	l.mu.Unlock()
 	l.bell.Ring()
@@ -294,8 +305,13 @@ func (l *Live) post(in Input) {
 
 func (l *Live) postFrame(nic int, frame []byte) {
 	l.mu.Lock()
-	for l.frames[nic] >= MaxQueuedFrames && !l.closed {
+	for l.frames[nic] >= MaxQueuedFrames && !l.closed && !l.muted {
 		l.room.Wait()
+	}
+	if l.muted {
+		l.mu.Unlock()
+		backend.PutFrame(frame)
+		return
 	}
 	l.frames[nic]++
 	l.queue = append(l.queue, Input{Kind: InputFrame, Device: uint16(nic), Data: frame})
@@ -306,10 +322,10 @@ func (l *Live) postFrame(nic int, frame []byte) {
 func (l *Live) postConsole(c int, p []byte) {
 	for len(p) > 0 {
 		l.mu.Lock()
-		for l.bytes[c] >= MaxQueuedConsole && !l.closed {
+		for l.bytes[c] >= MaxQueuedConsole && !l.closed && !l.muted {
 			l.room.Wait()
 		}
-		if l.closed {
+		if l.closed || l.muted {
 			l.mu.Unlock()
 			return
 		}
@@ -321,6 +337,41 @@ func (l *Live) postConsole(c int, p []byte) {
 		p = p[n:]
 	}
 }
+
+// Mute drops all that waits and, until it is called with false, all that comes: the guest's twin lives, not this one.
+// When it ends the guest is told of its carriers anew.
+func (l *Live) Mute(on bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.muted = on
+	if !on {
+		for i := range l.nics {
+			if up, ok := l.carriers[i]; ok {
+				l.queue = append(l.queue, Input{Kind: InputLink, Device: uint16(i), Up: up})
+			}
+		}
+		return
+	}
+	for i := range l.queue {
+		if l.queue[i].Kind == InputFrame {
+			backend.PutFrame(l.queue[i].Data)
+		}
+	}
+	clear(l.queue)
+	l.queue = l.queue[:0]
+	clear(l.frames)
+	clear(l.bytes)
+	l.leftover = false
+	l.room.Broadcast()
+}
+
+// Complete posts the completion of a disk request that was not started with Disk.
+func (l *Live) Complete(device int, tag uint64, status uint8) {
+	l.post(Input{Kind: InputDisk, Device: uint16(device), Tag: tag, Status: status})
+}
+
+// Disks returns the backends.
+func (l *Live) Disks() []backend.Disk { return l.disks }
 
 // PressPowerButton posts the press. Any goroutine may call it.
 func (l *Live) PressPowerButton() { l.post(Input{Kind: InputPowerButton}) }

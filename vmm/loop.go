@@ -58,6 +58,17 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 	m.source.Resume()
 	m.event("started", nil)
 	err := m.loop()
+	if s, ok := m.source.(Ender); ok {
+		for err == nil {
+			if m.exit == nil {
+				err = m.loop()
+			} else if s.Ended(*m.exit) {
+				break
+			} else {
+				err = m.queued()
+			}
+		}
+	}
 	m.source.Pause()
 	if err != nil {
 		return Exit{}, err
@@ -69,6 +80,7 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 // loop is the vCPU loop. It returns nil when m.exit is set.
 func (m *Machine) loop() error {
 	for m.exit == nil {
+		m.replaced = false
 		if m.bell.answer() || m.commandsRung {
 			m.commandsRung = false
 			if err := m.attend(); err != nil || m.exit != nil {
@@ -103,11 +115,17 @@ func (m *Machine) loop() error {
 			continue
 		}
 		m.source.Arm(m.clock.Next())
+		if m.replaced {
+			continue
+		}
 		if m.async != nil {
 			if to, ok := m.async.Next(m.pos); ok {
 				if err := m.land(to); err != nil {
 					return err
 				}
+				continue
+			}
+			if m.replaced {
 				continue
 			}
 		}
@@ -136,14 +154,26 @@ func (m *Machine) attend() error {
 		return nil
 	}
 	m.inputsRung = true // at the next synchronous exit
-	if m.async == nil || m.named || !m.async.Due(m.pos) {
+	if m.named {
 		return nil
 	}
-	ok, err := m.name()
-	if ok {
-		m.takeInputs()
+	if m.async != nil && m.async.Due(m.pos) {
+		if ok, err := m.name(); ok || err != nil {
+			if ok {
+				m.takeInputs()
+			}
+			return err
+		}
 	}
-	return err
+	m.cannot()
+	return nil
+}
+
+// cannot tells the source that what waits for the guest cannot reach it here.
+func (m *Machine) cannot() {
+	if m.stuck != nil && !m.named {
+		m.stuck.Stuck(m.pos)
+	}
 }
 
 // takeInputs takes and applies the inputs for the present stop.
@@ -180,7 +210,7 @@ func (m *Machine) left(errno unix.Errno) error {
 	if m.run.ExitReason == kvm.ExitIRQWindowOpen || m.run.ExitReason == kvm.ExitIntr {
 		m.incomplete = false
 		m.stats.Windows++
-		if m.async != nil {
+		if m.async != nil && !m.source.Anywhere() {
 			return m.window()
 		}
 		return nil
@@ -199,6 +229,9 @@ func (m *Machine) left(errno unix.Errno) error {
 			m.commandsRung = true
 		}
 		m.takeInputs()
+		if m.replaced {
+			return nil
+		}
 	}
 	return m.handle()
 }
@@ -214,6 +247,7 @@ func (m *Machine) deliver() (again bool, err error) {
 	if m.incomplete && !m.nmi && m.run.IfFlag == 0 {
 		// Interrupts are off, and completing an access to a device does not turn them on:
 		// the vector waits, and the instruction is completed by the next entry.
+		m.cannot()
 		m.run.SetInterruptWindow(m.source.Anywhere() || m.async != nil && !m.noWindow)
 		return false, nil
 	}
@@ -227,6 +261,7 @@ func (m *Machine) deliver() (again bool, err error) {
 	if !m.named && !m.source.Anywhere() {
 		// This stop has no name, so that another run would not have it: what is due waits.
 		m.run.SetInterruptWindow(m.async != nil && !m.noWindow)
+		m.cannot()
 		return false, nil
 	}
 	if m.nmi {
@@ -486,6 +521,9 @@ func (m *Machine) waitHalted() error {
 			return nil
 		}
 		m.source.Wait(m.pos, m.clock.Next())
+		if m.replaced {
+			return nil
+		}
 		if m.bell.answer() || m.commandsRung {
 			m.commandsRung = false
 			if err := m.commands(); err != nil {
@@ -497,6 +535,9 @@ func (m *Machine) waitHalted() error {
 		}
 		m.pos.Round++
 		m.takeInputs()
+		if m.replaced {
+			return nil
+		}
 	}
 	return nil
 }

@@ -99,6 +99,8 @@ type Config struct {
 	Sink   OutputSink
 	// Wrap, if set, puts a source and a sink between the machine and those that it would have.
 	Wrap func(InputSource, OutputSink) (InputSource, OutputSink)
+	// DirtyLog has KVM log the pages that the guest writes, for Machine.TakeDirty. The first write to a page costs more.
+	DirtyLog bool
 	// Counter gives names to stops between synchronous exits, for a source that is an
 	// [AsyncSource]; "" is CounterNone.
 	Counter CounterKind
@@ -150,6 +152,8 @@ type Machine struct {
 	stopWanted   bool // the source has asked for the end of the run
 	named        bool // this stop has a position that another run of the guest reaches too
 	noWindow     bool // until the next exit: where the guest can take interrupts has no name
+	replaced     bool // the machine has been given another state while its source was called
+	frozen       bool // by Freeze
 	exit         *Exit
 	stats        Stats
 	powerOnCPU   *CPUState // the vCPU as KVM creates it
@@ -158,6 +162,7 @@ type Machine struct {
 	sink    OutputSink
 	counter Counter     // nil: none
 	async   AsyncSource // the source, of a machine with a counter
+	stuck   Stucker     // the source, if it is one
 	live    *Live       // the source and sink, when New made them
 	bell    Bell
 	queue   chan command
@@ -214,8 +219,12 @@ func (m *Machine) build() error {
 	if m.mem, err = memory.New(extents...); err != nil {
 		return err
 	}
+	var flags uint32
+	if m.cfg.DirtyLog {
+		flags = kvm.MemLogDirtyPages
+	}
 	for i, r := range m.mem.Regions() {
-		if err := m.vm.SetMemory(uint32(i), r.Base, r.Bytes, 0); err != nil {
+		if err := m.vm.SetMemory(uint32(i), r.Base, r.Bytes, flags); err != nil {
 			return err
 		}
 	}
@@ -280,6 +289,7 @@ func (m *Machine) connect() error {
 	if m.cfg.Wrap != nil {
 		m.source, m.sink = m.cfg.Wrap(m.source, m.sink)
 	}
+	m.stuck, _ = m.source.(Stucker)
 	return nil
 }
 

@@ -45,10 +45,12 @@ var ErrNotSaved = errors.New("vmm: not a saved machine")
 
 // State is everything of a machine but the content of its memory.
 type State struct {
-	Machine    Fingerprint
-	Position   Position
-	Halted     bool
-	NMI        bool
+	Machine  Fingerprint
+	Position Position
+	Halted   bool
+	NMI      bool
+	// Exit is set if the guest has ended: a state that a pair hands over, not one to be saved.
+	Exit       *Exit
 	CPU        CPUState
 	Components []ComponentState
 }
@@ -181,7 +183,7 @@ func (m *Machine) state() (*State, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &State{Machine: m.fingerprint(), Position: m.pos, Halted: m.halted, NMI: m.nmi, CPU: cpu}
+	s := &State{Machine: m.fingerprint(), Position: m.pos, Halted: m.halted, NMI: m.nmi, Exit: m.exit, CPU: cpu}
 	for _, c := range m.components {
 		b, err := encMode.Marshal(c.save())
 		if err != nil {
@@ -376,6 +378,12 @@ func (m *Machine) ReadState(f io.ReadSeeker) error {
 		return err
 	}
 	m.source.SetTime(m.clock.Now())
+	m.reissue()
+	return nil
+}
+
+// reissue sends to the backends again what a restored state is waiting for.
+func (m *Machine) reissue() {
 	for _, d := range m.disks {
 		d.Reissue()
 	}
@@ -388,7 +396,6 @@ func (m *Machine) ReadState(f io.ReadSeeker) error {
 	if m.vcon != nil {
 		m.vcon.Reissue()
 	}
-	return nil
 }
 
 // verify checks magic, version and checksum, and returns the body's reader.

@@ -2,6 +2,7 @@ package kvm
 
 import (
 	"fmt"
+	"math/bits"
 	"unsafe"
 
 	gokvm "github.com/bobuhiro11/gokvm/kvm"
@@ -151,4 +152,13 @@ func (vm *VM) XSaveSize() int {
 		return n
 	}
 	return 4096
+}
+
+// Pages calls f with the number of every page that a dirty bitmap has set.
+func Pages(bitmap []uint64, f func(page uint64)) {
+	for i, w := range bitmap {
+		for ; w != 0; w &= w - 1 {
+			f(uint64(i*64 + bits.TrailingZeros64(w)))
+		}
+	}
 }
