@@ -66,17 +66,17 @@ func AppendHashes(b []byte, set *Set, sums []Sum) []byte {
 	return b
 }
 
-// DecodeHashes decodes what [AppendHashes] has encoded, from the beginning of b: pages below max, their hashes in
+// DecodeHashes decodes what [AppendHashes] has encoded, from the beginning of b: pages below total, their hashes in
 // ascending order of pages, and what is left of b. Errors wrap ErrFormat.
-func DecodeHashes(b []byte, max int) (set Set, sums []Sum, rest []byte, err error) {
-	full, b, err := DecodeSet(b, max)
+func DecodeHashes(b []byte, total int) (set Set, sums []Sum, rest []byte, err error) {
+	full, b, err := DecodeSet(b, total)
 	if err != nil {
 		return Set{}, nil, nil, err
 	}
 	if full.Len() > len(b)/sumSize {
 		return Set{}, nil, nil, malformed("hashes of %d pages in %d bytes", full.Len(), len(b))
 	}
-	zero, b, err := DecodeSet(b, max)
+	zero, b, err := DecodeSet(b, total)
 	if err != nil {
 		return Set{}, nil, nil, err
 	}

@@ -157,14 +157,14 @@ func (s *Set) Append(b []byte) []byte {
 	return b
 }
 
-// DecodeSet decodes a set of pages below max from the beginning of b, and returns what is left of b. Errors
+// DecodeSet decodes a set of pages below total from the beginning of b, and returns what is left of b. Errors
 // wrap ErrFormat.
-func DecodeSet(b []byte, max int) (set Set, rest []byte, err error) {
+func DecodeSet(b []byte, total int) (set Set, rest []byte, err error) {
 	head, b, err := uvarint(b)
 	if err != nil {
 		return Set{}, nil, err
 	}
-	limit := uint64(min(max, MaxPages))
+	limit := uint64(min(max(total, 0), MaxPages))
 	n := head >> 1
 	if head&1 == formBitmap {
 		if n > uint64(len(b)/8) || n > (limit+63)/64 {
