@@ -274,7 +274,7 @@ func (w *ExtentWriter) AppendChunk(b []byte) []byte {
 
 // valid reports whether an extent lies where one can.
 func (e *Extent) valid() bool {
-	return e.Offset >= 0 && e.Length > 0 && e.Length <= math.MaxInt64-e.Offset && (e.Data == nil || len(e.Data) <= MaxExtent)
+	return e.Offset >= 0 && e.Length > 0 && e.Length <= math.MaxInt64-e.Offset && len(e.Data) <= MaxExtent
 }
 
 func allZero(b []byte) bool {

@@ -176,7 +176,7 @@ func DecodeSet(b []byte, total int) (set Set, rest []byte, err error) {
 			set.n += bits.OnesCount64(set.words[i])
 			b = b[8:]
 		}
-		if n > 0 && uint64(n*64)-uint64(bits.LeadingZeros64(set.words[n-1])) > limit {
+		if n > 0 && n*64-uint64(bits.LeadingZeros64(set.words[n-1])) > limit {
 			return Set{}, nil, malformed("a page beyond the last, %d", limit)
 		}
 		return set, b, nil
