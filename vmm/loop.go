@@ -80,12 +80,16 @@ func (m *Machine) Run(ctx context.Context) (Exit, error) {
 // loop is the vCPU loop. It returns nil when m.exit is set.
 func (m *Machine) loop() error {
 	for m.exit == nil {
-		m.replaced = false
 		if m.bell.answer() || m.commandsRung {
 			m.commandsRung = false
 			if err := m.attend(); err != nil || m.exit != nil {
 				return err
 			}
+		}
+		if m.fresh {
+			m.fresh = false
+			m.takeInputs()
+			continue
 		}
 		if m.resetWanted {
 			if err := m.reset(); err != nil || m.exit != nil {
@@ -96,7 +100,7 @@ func (m *Machine) loop() error {
 			if err := m.waitHalted(); err != nil || m.exit != nil {
 				return err
 			}
-			if m.resetWanted {
+			if m.resetWanted || m.fresh {
 				continue
 			}
 		}
@@ -115,7 +119,7 @@ func (m *Machine) loop() error {
 			continue
 		}
 		m.source.Arm(m.clock.Next())
-		if m.replaced {
+		if m.fresh {
 			continue
 		}
 		if m.async != nil {
@@ -125,7 +129,7 @@ func (m *Machine) loop() error {
 				}
 				continue
 			}
-			if m.replaced {
+			if m.fresh {
 				continue
 			}
 		}
@@ -193,6 +197,7 @@ func (m *Machine) takeInputs() {
 // left handles the return of KVM_RUN.
 func (m *Machine) left(errno unix.Errno) error {
 	m.syncTPR()
+	m.opening.hit = false
 	switch errno {
 	case 0:
 	case unix.EINTR:
@@ -207,9 +212,13 @@ func (m *Machine) left(errno unix.Errno) error {
 	default:
 		return fmt.Errorf("vmm: run vCPU: %w", errno)
 	}
-	if m.run.ExitReason == kvm.ExitIRQWindowOpen || m.run.ExitReason == kvm.ExitIntr {
+	switch m.run.ExitReason {
+	case kvm.ExitIRQWindowOpen, kvm.ExitIntr, kvm.ExitDebug:
 		m.incomplete = false
 		m.stats.Windows++
+		if err := m.opened(); err != nil {
+			return err
+		}
 		if m.async != nil && !m.source.Anywhere() {
 			return m.window()
 		}
@@ -229,7 +238,7 @@ func (m *Machine) left(errno unix.Errno) error {
 			m.commandsRung = true
 		}
 		m.takeInputs()
-		if m.replaced {
+		if m.fresh {
 			return nil
 		}
 	}
@@ -241,15 +250,13 @@ func (m *Machine) left(errno unix.Errno) error {
 func (m *Machine) deliver() (again bool, err error) {
 	_, _, pending := m.apic.Pending()
 	if !pending && !m.nmi {
-		m.run.SetInterruptWindow(false)
-		return false, nil
+		return false, m.forgetWindow()
 	}
 	if m.incomplete && !m.nmi && m.run.IfFlag == 0 {
 		// Interrupts are off, and completing an access to a device does not turn them on:
 		// the vector waits, and the instruction is completed by the next entry.
 		m.cannot()
-		m.run.SetInterruptWindow(m.source.Anywhere() || m.async != nil && !m.noWindow)
-		return false, nil
+		return false, m.awaitWindow()
 	}
 	if m.incomplete {
 		// Injecting on an incomplete exit could lose the vector, or deliver it inside the
@@ -260,9 +267,8 @@ func (m *Machine) deliver() (again bool, err error) {
 	}
 	if !m.named && !m.source.Anywhere() {
 		// This stop has no name, so that another run would not have it: what is due waits.
-		m.run.SetInterruptWindow(m.async != nil && !m.noWindow)
 		m.cannot()
-		return false, nil
+		return false, m.awaitWindow()
 	}
 	if m.nmi {
 		m.nmi = false
@@ -286,14 +292,10 @@ func (m *Machine) deliver() (again bool, err error) {
 		m.stats.Interrupts++
 		m.run.ReadyForInterruptInjection = 0 // until the next exit tells again
 		if _, _, ok := m.apic.Pending(); !ok {
-			m.run.SetInterruptWindow(false)
-			return false, nil
+			return false, m.forgetWindow()
 		}
 	}
-	// Where stops must have names the vector waits for the next one: where the window opens
-	// is not the same on two hosts.
-	m.run.SetInterruptWindow(m.source.Anywhere() || m.async != nil && !m.noWindow)
-	return false, nil
+	return false, m.awaitWindow()
 }
 
 // window names the stop at which the guest can take an interrupt that waits. If it
@@ -521,7 +523,7 @@ func (m *Machine) waitHalted() error {
 			return nil
 		}
 		m.source.Wait(m.pos, m.clock.Next())
-		if m.replaced {
+		if m.fresh {
 			return nil
 		}
 		if m.bell.answer() || m.commandsRung {
@@ -529,13 +531,13 @@ func (m *Machine) waitHalted() error {
 			if err := m.commands(); err != nil {
 				return err
 			}
-			if m.exit != nil || !m.halted { // a reset ends the wait too
+			if m.exit != nil || !m.halted || m.fresh { // a reset ends the wait too
 				return nil
 			}
 		}
 		m.pos.Round++
 		m.takeInputs()
-		if m.replaced {
+		if m.fresh {
 			return nil
 		}
 	}

@@ -151,8 +151,9 @@ type Machine struct {
 	resetWanted  bool // the guest has asked for a reset, which happens at the end of this stop
 	stopWanted   bool // the source has asked for the end of the run
 	named        bool // this stop has a position that another run of the guest reaches too
+	opening      opening
 	noWindow     bool // until the next exit: where the guest can take interrupts has no name
-	replaced     bool // the machine has been given another state while its source was called
+	fresh        bool // a term begins at this stop: its inputs are taken first
 	frozen       bool // by Freeze
 	exit         *Exit
 	stats        Stats

@@ -86,9 +86,9 @@ func (m *Machine) Serve() (ending bool) {
 // Complete completes the last exit. Called on the vCPU loop, between two stops.
 func (m *Machine) Complete() error { return m.completeAll() }
 
-// NewTerm makes the present stop position 0. Called on the vCPU loop with the last exit complete.
+// NewTerm makes the present stop position 0, at which the loop takes inputs before it goes on. Called on the vCPU loop with the last exit complete.
 func (m *Machine) NewTerm() error {
-	m.pos, m.named, m.noWindow = Position{}, true, false
+	m.pos, m.named, m.noWindow, m.fresh = Position{}, true, false, true
 	if m.counter != nil {
 		return m.counter.Restart()
 	}
@@ -138,7 +138,7 @@ func (m *Machine) Replace(s *State, write func() error) error {
 	if err := m.setState(s); err != nil {
 		return err
 	}
-	m.replaced, m.resetWanted, m.stopWanted, m.inputsRung = true, false, false, false
+	m.fresh, m.resetWanted, m.stopWanted, m.inputsRung = true, false, false, false
 	m.exit = s.Exit
 	m.run.SetInterruptWindow(false)
 	if m.counter != nil {
@@ -213,7 +213,6 @@ func (m *Machine) PowerCycle() error {
 		}
 	}
 	m.halted, m.nmi, m.resetWanted, m.exit = false, false, false, nil
-	m.replaced = true
 	if err := m.NewTerm(); err != nil {
 		return err
 	}

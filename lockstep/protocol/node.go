@@ -193,6 +193,16 @@ func (n *Node) Live() bool {
 // Open reports whether outputs leave without waiting for anybody.
 func (n *Node) Open() bool { return n.phase == Alone || n.phase == Syncing && !n.logging }
 
+// Logging reports whether the guest's run is being logged to a peer: Log, Output and Mark are wanted at each stop.
+func (n *Node) Logging() bool { return n.logging }
+
+// Held returns how many outputs are held: by the gate of a primary, or on a backup because their
+// release has not been confirmed.
+func (n *Node) Held() int { return len(n.outputs) }
+
+// Acked returns the point up to which the backup has executed the current term.
+func (n *Node) Acked() Point { return n.executed }
+
 // HoldsState reports whether this side holds a guest's state, running or frozen.
 func (n *Node) HoldsState() bool { return n.hasState }
 
