@@ -4,15 +4,16 @@
 // addresses that it had. Nobody knows: switches go on sending to the dead host's port until the guest
 // happens to say something, and a guest that only answers says nothing. So the host speaks for it.
 //
-// A [Learner] sees each frame that the guest sends, and remembers which addresses the guest claims as its own:
+// A [Learner] sees each frame that the guest sends or gets, and remembers which addresses the guest claims as its own:
 //
 //   - IPv4: the sender of its ARP packets (RFC 826);
-//   - IPv6: the source of its neighbour and router solicitations and router advertisements, and the target of its
+//   - IPv6: the source of its solicitations and advertisements of neighbours and routers, and the target of
 //     neighbour advertisements (RFC 4861).
 //
 // That is enough, since whoever has the guest in a cache of neighbours has it from there. The sources
 // of its other packets count only as long as it has claimed nothing: a guest that routes sends packets from everybody's
-// addresses, and to announce those would take them from their owners.
+// addresses, and to announce those would take them from their owners. For the same reason an address is forgotten
+// when another host claims it.
 //
 // [Learner.Frames] are then the announcements: a RARP request for the switches, which need no address to learn a
 // port, and for its neighbours two forms of gratuitous ARP for each IPv4 address and an unsolicited
@@ -25,7 +26,6 @@ package announce
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"time"
 )
@@ -109,9 +109,6 @@ func (l *Learner) Restore(s State) error {
 		if len(f.list) > MaxAddresses {
 			return fmt.Errorf("announce: %d addresses, at most %d are kept", len(f.list), MaxAddresses)
 		}
-		if f.t.claimed && len(f.list) == 0 {
-			return errors.New("announce: no addresses, and yet claimed")
-		}
 		for i := range f.list {
 			a := &f.list[i]
 			if !f.ok(a) || !a.Tagged && a.TCI != 0 || f.t.find(a) >= 0 {
@@ -152,6 +149,16 @@ func (t *table) learn(a *Address, claimed bool) {
 	}
 	copy(t.list[1:i+1], t.list[:i])
 	t.list[0] = *a
+}
+
+// claim takes an address that the guest or another host has claimed.
+func (t *table) claim(a *Address, own bool) {
+	if own {
+		t.learn(a, true)
+	} else if i := t.find(a); i >= 0 {
+		copy(t.list[i:], t.list[i+1:t.n])
+		t.n--
+	}
 }
 
 // Ethernet II and IEEE 802.1Q.
@@ -255,9 +262,22 @@ func ip4(b []byte) (ip [16]byte) {
 // Observe takes a frame that the guest sends, from the Ethernet header on, and learns from it. It
 // allocates nothing, and keeps nothing of frame.
 func (l *Learner) Observe(frame []byte) {
-	if len(frame) < ethHeader || MAC(frame[ethSource:]) != l.mac {
-		return
+	if len(frame) >= ethHeader && MAC(frame[ethSource:]) == l.mac {
+		l.look(frame, true)
 	}
+}
+
+// Received takes a frame that comes for the guest, as Observe does. If another host claims an address, the guest has
+// given it up: it has a new one, or hands a shared one to another member of a cluster. It is forgotten, until the
+// guest claims it again.
+func (l *Learner) Received(frame []byte) {
+	if len(frame) >= ethHeader && MAC(frame[ethSource:]) != l.mac {
+		l.look(frame, false)
+	}
+}
+
+// look takes a frame of the guest, or of another host.
+func (l *Learner) look(frame []byte, own bool) {
 	var a Address
 	kind, p := binary.BigEndian.Uint16(frame[ethType:]), frame[ethHeader:]
 	if kind == typeVLAN {
@@ -269,38 +289,38 @@ func (l *Learner) Observe(frame []byte) {
 	}
 	switch kind {
 	case typeARP:
-		l.observeARP(p, a)
+		// Another sender than the frame's would be somebody for whom it is bridged.
+		if ip := arpSender(p); ip != nil && MAC(p[arpSenderMAC:]) == MAC(frame[ethSource:]) {
+			a.IP = ip4(ip)
+			l.v4.claim(&a, own)
+		}
 	case typeIPv4:
-		if len(p) >= ip4Header && p[0]>>4 == 4 && unicast4(p[ip4Source:]) {
+		if own && len(p) >= ip4Header && p[0]>>4 == 4 && unicast4(p[ip4Source:]) {
 			a.IP = ip4(p[ip4Source:])
 			l.v4.learn(&a, false)
 		}
 	case typeIPv6:
-		l.observeIPv6(p, a)
+		l.lookIPv6(p, a, own)
 	}
 }
 
-// observeARP takes the sender's address. That of a probe is zero: the guest does not yet use what it
-// asks for (RFC 5227, section 2.1.1).
-func (l *Learner) observeARP(p []byte, a Address) {
+// arpSender returns the sender's IPv4 address of an ARP packet; nil if there is none. That of a probe is
+// zero: its sender does not yet use what it asks for (RFC 5227, section 2.1.1).
+func arpSender(p []byte) []byte {
 	be := binary.BigEndian
 	if len(p) < arpSize || be.Uint16(p[arpHardware:]) != hardwareEthernet || be.Uint16(p[arpProtocol:]) != typeIPv4 ||
 		be.Uint16(p[arpLengths:]) != lengthsIPv4 {
-		return
+		return nil
 	}
-	if op := be.Uint16(p[arpOp:]); op != opRequest && op != opReply {
-		return
+	if op := be.Uint16(p[arpOp:]); op != opRequest && op != opReply || !unicast4(p[arpSenderIP:]) {
+		return nil
 	}
-	// Another's address would be that of somebody for whom the guest bridges.
-	if MAC(p[arpSenderMAC:]) == l.mac && unicast4(p[arpSenderIP:]) {
-		a.IP = ip4(p[arpSenderIP:])
-		l.v4.learn(&a, true)
-	}
+	return p[arpSenderIP:arpTargetMAC]
 }
 
-// observeIPv6 takes the source, and the target of an advertisement. The solicitations that look for a
-// duplicate of an address have no source: the guest does not yet use it (RFC 4862, section 5.4).
-func (l *Learner) observeIPv6(p []byte, a Address) {
+// lookIPv6 takes the source, and the target of an advertisement. Solicitations that look for a duplicate of an
+// address have no source: the sender does not yet use it (RFC 4862, section 5.4).
+func (l *Learner) lookIPv6(p []byte, a Address, own bool) {
 	if len(p) < ip6Header || p[0]>>4 != 6 {
 		return
 	}
@@ -311,22 +331,31 @@ func (l *Learner) observeIPv6(p []byte, a Address) {
 		case typeRouterSolicitation, typeNeighborSolicitation:
 			claimed = true
 		case typeRouterAdvertisement:
-			claimed, l.router = true, true
+			claimed = true
+			l.router = l.router || own
 		case typeNeighborAdvertisement:
 			if len(m) < naOptions {
 				return
 			}
-			l.router = m[naFlags]&flagRouter != 0
+			claimed = true
+			if own {
+				l.router = m[naFlags]&flagRouter != 0
+			}
 			if unicast6(m[naTarget:]) {
 				target := a
 				target.IP = [16]byte(m[naTarget:])
-				l.v6.learn(&target, true)
+				l.v6.claim(&target, own)
 			}
 		}
 	}
 	if unicast6(p[ip6Source:]) {
 		a.IP = [16]byte(p[ip6Source:])
-		l.v6.learn(&a, claimed)
+		switch {
+		case claimed:
+			l.v6.claim(&a, own)
+		case own:
+			l.v6.learn(&a, false)
+		}
 	}
 }
 
