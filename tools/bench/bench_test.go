@@ -153,10 +153,14 @@ func TestOneFailureDoesNotStopTheOthers(t *testing.T) {
 func TestTable(t *testing.T) {
 	var out strings.Builder
 	printTable(&out, []result{
-		{figure{name: "start", unit: "ms", scale: 1e-3, target: 0.25, what: "w"}, []float64{0.005}, []float64{3.2}},
-		{figure{name: "rate", unit: "req/s", scale: 1, target: 1, more: true}, []float64{41234}, nil},
+		{figure{name: "start", unit: "ms", scale: 1e-3, target: 0.25, what: "w"}, []float64{0.005}, []float64{3.2}, ""},
+		{figure{name: "rate", unit: "req/s", scale: 1, target: 1, more: true}, []float64{41234}, nil, ""},
+		{peerFigure(figure{name: "colo", unit: "ms", scale: 1, what: "w"}), nil, []float64{44}, ""},
+		{peerFigure(figure{name: "move", unit: "ms", scale: 1, what: "w"}), nil, nil, "no QEMU here"},
 	})
 	lines := strings.Split(out.String(), "\n")
 	require.Equal(t, strings.Fields("start 5 3200 ms 0.002 <= 0.25 yes w"), strings.Fields(lines[1]))
 	require.Equal(t, strings.Fields("rate 41234 - req/s - >= 1 -"), strings.Fields(lines[2]))
+	require.Equal(t, strings.Fields("colo - 44 ms - - - w"), strings.Fields(lines[3]))
+	require.Equal(t, strings.Fields("move - - ms - - - not measured, no QEMU here: w"), strings.Fields(lines[4]))
 }

@@ -28,6 +28,9 @@ type figure struct {
 	target   float64
 	more     bool // more is better
 	absolute bool // there is nothing to compare with
+	peer     bool // QEMU's alone, to put ours beside: there is no target
+	// plot is the picture in which the samples are a distribution, "" for none, and series what it is called there.
+	plot, series string
 }
 
 // met says whether a value meets the target.
@@ -41,9 +44,33 @@ func (f *figure) met(v float64) bool {
 // group is what one run of a virtual machine measures.
 type group struct {
 	figures []figure
-	slow    bool // measured only if asked for
+	// Measured only if asked for: with the option of that name, or with a -run that matches.
+	slow, lockstep bool
 	// measure takes one sample of each figure, in the figures' order.
 	measure func(ctx context.Context, b *bench, v vm) ([]float64, error)
+	// spread, instead of measure, takes any number of samples of each figure.
+	spread func(ctx context.Context, b *bench, v vm) ([][]float64, error)
+}
+
+// take takes the samples of one run.
+func (g *group) take(ctx context.Context, b *bench, v vm) ([][]float64, error) {
+	if g.spread != nil {
+		return g.spread(ctx, b, v)
+	}
+	values, err := g.measure(ctx, b, v)
+	samples := make([][]float64, len(values))
+	for i := range values {
+		samples[i] = values[i : i+1]
+	}
+	return samples, err
+}
+
+// selected says whether a figure is to be measured.
+func (g *group) selected(f *figure, o options) bool {
+	if !o.only.MatchString(f.name) {
+		return false
+	}
+	return o.only.String() != "" || (!g.slow || o.slow) && (!g.lockstep || o.lockstep)
 }
 
 // bench is one comparison.
@@ -62,9 +89,10 @@ func (b *bench) logf(format string, args ...any) { fmt.Fprintf(b.log, format+"\n
 type result struct {
 	figure
 	ours, qemu []float64
+	missing    string // why there are no samples, "" if there are
 }
 
-// value returns the median of ours, in the figure's unit, and the ratio to QEMU's (0 without one).
+// value returns the median of ours and of QEMU's, in the figure's unit, and the ratio to QEMU's (0 without one).
 func (r *result) value() (ours, qemu, ratio float64) {
 	ours, qemu = median(r.ours)/r.scale, median(r.qemu)/r.scale
 	if qemu != 0 {
@@ -77,7 +105,7 @@ func (r *result) value() (ours, qemu, ratio float64) {
 func (r *result) verdict() string {
 	ours, qemu, ratio := r.value()
 	switch {
-	case len(r.ours) == 0, !r.absolute && qemu == 0:
+	case r.peer, len(r.ours) == 0, !r.absolute && qemu == 0:
 		return "-"
 	case r.absolute && r.met(ours), !r.absolute && r.met(ratio):
 		return "yes"
@@ -108,7 +136,7 @@ func (b *bench) measure(ctx context.Context, groups []group, o options) ([]resul
 		var selected []result
 		var index []int
 		for i, f := range g.figures {
-			if o.only.MatchString(f.name) && (!g.slow || o.slow) {
+			if g.selected(&f, o) {
 				selected, index = append(selected, result{figure: f}), append(index, i)
 			}
 		}
@@ -120,8 +148,15 @@ func (b *bench) measure(ctx context.Context, groups []group, o options) ([]resul
 			name += " and others"
 		}
 		runs := o.runs
-		if g.slow {
+		if g.slow || g.lockstep {
 			runs = min(runs, slowRuns)
+		}
+		if g.figures[0].peer && b.qemu == nil {
+			for i := range selected {
+				selected[i].missing = "no QEMU here"
+			}
+			all = append(all, selected...)
+			continue
 		}
 		if err := b.sample(ctx, g, name, runs, selected, index); err != nil {
 			if ctx.Err() != nil {
@@ -149,11 +184,11 @@ func (b *bench) measure(ctx context.Context, groups []group, o options) ([]resul
 func (b *bench) sample(ctx context.Context, g group, name string, runs int, selected []result, index []int) error {
 	for i := range runs {
 		for _, v := range []vm{b.ours, b.qemu} {
-			if v == nil || v == b.qemu && g.figures[0].absolute {
+			if v == nil || v == b.qemu && g.figures[0].absolute || v == b.ours && g.figures[0].peer {
 				continue
 			}
 			limited, cancel := context.WithTimeout(ctx, runLimit)
-			values, err := g.measure(limited, b, v)
+			values, err := g.take(limited, b, v)
 			cancel()
 			if err != nil {
 				return fmt.Errorf("%s: %w", v.name(), err)
@@ -162,11 +197,11 @@ func (b *bench) sample(ctx context.Context, g group, name string, runs int, sele
 			for j := range selected {
 				r := &selected[j]
 				if v == b.ours {
-					r.ours = append(r.ours, values[index[j]])
+					r.ours = append(r.ours, values[index[j]]...)
 				} else {
-					r.qemu = append(r.qemu, values[index[j]])
+					r.qemu = append(r.qemu, values[index[j]]...)
 				}
-				fmt.Fprintf(&line, " %s", digits(values[index[j]]/r.scale))
+				fmt.Fprintf(&line, " %s", digits(median(values[index[j]])/r.scale))
 			}
 			b.logf("%s %d/%d %s:%s", name, i+1, runs, v.name(), line.String())
 		}
@@ -185,11 +220,17 @@ func printTable(to io.Writer, results []result) {
 		if r.more {
 			sign = ">="
 		}
-		theirs, quotient := "-", "-"
+		mine, theirs, quotient, target, what := digits(ours), "-", "-", fmt.Sprintf("%s %g", sign, r.target), r.what
 		if qemu != 0 {
 			theirs, quotient = digits(qemu), fmt.Sprintf("%.3f", ratio)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s %g\t%s\t%s\n", r.name, digits(ours), theirs, r.unit, quotient, sign, r.target, r.verdict(), r.what)
+		if r.peer {
+			mine, quotient, target = "-", "-", "-"
+		}
+		if r.missing != "" {
+			what = fmt.Sprintf("not measured, %s: %s", r.missing, what)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", r.name, mine, theirs, r.unit, quotient, target, r.verdict(), what)
 	}
 	_ = w.Flush() // standard output
 }
@@ -223,13 +264,15 @@ type figureDocument struct {
 	Name     string    `json:"name"`
 	What     string    `json:"what"`
 	Unit     string    `json:"unit"`
-	Ftvmm    float64   `json:"ftvmm"`
+	Peer     bool      `json:"peer,omitempty"` // QEMU's alone, for comparison: no ftvmm, target or verdict
+	Missing  string    `json:"missing,omitempty"`
+	Ftvmm    *float64  `json:"ftvmm,omitempty"`
 	QEMU     float64   `json:"qemu,omitempty"`
 	Ratio    float64   `json:"ratio,omitempty"`
-	Target   float64   `json:"target"`
+	Target   *float64  `json:"target,omitempty"`
 	Better   string    `json:"better"` // "less" or "more"
 	Met      string    `json:"met"`    // "yes", "no" or "-"
-	Samples  []float64 `json:"samples"`
+	Samples  []float64 `json:"samples,omitempty"`
 	Baseline []float64 `json:"baseline,omitempty"` // QEMU's samples
 }
 
@@ -245,11 +288,15 @@ func newDocument(b *bench, o options, results []result) document {
 	}
 	for i := range results {
 		r := &results[i]
-		f := figureDocument{Name: r.name, What: r.what, Unit: r.unit, Target: r.target, Better: "less", Met: r.verdict()}
+		f := figureDocument{Name: r.name, What: r.what, Unit: r.unit, Better: "less", Met: r.verdict(), Peer: r.peer, Missing: r.missing}
 		if r.more {
 			f.Better = "more"
 		}
-		f.Ftvmm, f.QEMU, f.Ratio = r.value()
+		ours, qemu, ratio := r.value()
+		f.QEMU, f.Ratio = qemu, ratio
+		if !r.peer {
+			f.Ftvmm, f.Target = &ours, &r.target
+		}
 		f.Samples, f.Baseline = scaled(r.ours, r.scale), scaled(r.qemu, r.scale)
 		d.Figures = append(d.Figures, f)
 	}

@@ -13,6 +13,7 @@ const (
 	perMicro = 1e-6
 	perKiB   = 1 << 10
 	perMB    = 1e6
+	perCent  = 0.01
 )
 
 // groups are all measurements, in the order of the table.
@@ -53,6 +54,14 @@ var groups = []group{
 		},
 		measure: measureLoop,
 	},
+	colo(overTCP, 500), colo(overTCP, 100), colo(overTCP, 20), colo(overUNIX, 500), colo(overUNIX, 100), colo(overUNIX, 20),
+	migrate(64), migrate(256), migrate(1024),
+}
+
+// plots are the pictures that -svg draws, of all samples of the figures that name them.
+var plots = []struct{ name, title string }{
+	{"pauses", "How long a guest stands still while it is protected"},
+	{"takeover", "How long nothing comes from a guest that goes on elsewhere"},
 }
 
 func measureStart(ctx context.Context, b *bench, v vm) ([]float64, error) {

@@ -6,7 +6,10 @@
 // host, or a busy one, has other figures. All times are taken on the host; a guest's own
 // clock is part of what is measured.
 //
-//	bench [-n RUNS] [-run REGEX] [-slow] [-json FILE] [-ftvmm PATH]
+//	bench [-n RUNS] [-run REGEX] [-slow] [-lockstep] [-json FILE] [-svg FOLDER] [-ftvmm PATH]
+//
+// What takes long is measured only with -slow or -lockstep, or if -run names it. The rows "colo" and "migrate"
+// are QEMU's alone, for comparison with a pair of ours: they have no target (docs/peers.md).
 //
 // Figures about the network need root: they run in a network namespace that ends with the program.
 package main
@@ -32,12 +35,14 @@ const runLimit = 5 * time.Minute
 
 // options are the command line.
 type options struct {
-	runs  int
-	slow  bool
-	only  *regexp.Regexp
-	json  string
-	ftvmm string
-	dir   string
+	runs     int
+	slow     bool
+	lockstep bool
+	only     *regexp.Regexp
+	json     string
+	svg      string
+	ftvmm    string
+	dir      string
 }
 
 func main() {
@@ -45,7 +50,9 @@ func main() {
 	only := flag.String("run", "", "measure only figures whose name matches this `regexp`")
 	flag.IntVar(&o.runs, "n", 5, "`runs` of each program; the figure is their median")
 	flag.BoolVar(&o.slow, "slow", false, "measure firmware and boot programs, too")
+	flag.BoolVar(&o.lockstep, "lockstep", false, "measure how guests are protected and moved, too")
 	flag.StringVar(&o.json, "json", "", "write the figures, with every sample, to this `file`")
+	flag.StringVar(&o.svg, "svg", "", "draw distributions into this `folder`")
 	flag.StringVar(&o.ftvmm, "ftvmm", "", "`path` of the program to measure; built from this tree if not given")
 	flag.StringVar(&o.dir, "dir", "", "`folder` for the disk image; the system's for temporary files if not given")
 	flag.Parse()
@@ -92,6 +99,9 @@ func run(ctx context.Context, o options) error {
 		printTable(os.Stdout, results)
 		if o.json != "" {
 			err = errors.Join(err, writeJSON(o.json, newDocument(b, o, results)))
+		}
+		if o.svg != "" {
+			err = errors.Join(err, drawPlots(o.svg, results))
 		}
 	}
 	return err
