@@ -160,6 +160,9 @@ func TestSetsAreShort(t *testing.T) {
 	_, _, err = pages.DecodeSet(b, guest-2)
 	require.ErrorIs(t, err, pages.ErrFormat)
 	require.Len(t, new(pages.Set).Append(nil), 1)
+	awkward.Clear()
+	awkward.Add(3)
+	require.Equal(t, setOf(3).Append(nil), awkward.Append(nil), "what was in it once costs nothing")
 }
 
 func TestMalformedSetsAreRefused(t *testing.T) {
