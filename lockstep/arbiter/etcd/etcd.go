@@ -52,11 +52,8 @@ const (
 	probeEvery, silence = 10 * time.Second, 2 * time.Second
 )
 
-// Prefix returns the prefix of the keys of a pair: the least that its credentials must reach.
-func Prefix(pair string) string { return "/ftvmm/pair/" + pair + "/" }
-
-// Key returns the key of a pair's record.
-func Key(pair string) string { return Prefix(pair) + "record" }
+// Key returns the key of a pair's record: all that its credentials must reach.
+func Key(pair string) string { return "/ftvmm/pair/" + pair + "/record" }
 
 // Config says which record of which cluster is meant.
 type Config struct {
@@ -107,10 +104,13 @@ func Open(cfg Config) (*Arbiter, error) {
 		MaxCallRecvMsgSize:   maxMessage,
 		MaxUnaryRetries:      1, // one attempt: its error says what is wrong, a retry's says "timeout"
 		Logger:               zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: minRetry, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxRetry},
-			MinConnectTimeout: silence,
-		})},
+		DialOptions: []grpc.DialOption{
+			grpc.WithConnectParams(grpc.ConnectParams{
+				Backoff:           backoff.Config{BaseDelay: minRetry, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxRetry},
+				MinConnectTimeout: silence,
+			}),
+			grpc.WithChainUnaryInterceptor(failFast),
+		},
 	}
 	scheme := "http://"
 	if cfg.Keys != "" {
@@ -135,6 +135,12 @@ func Open(cfg Config) (*Arbiter, error) {
 		pair: cfg.Pair, key: Key(cfg.Pair), where: strings.Join(cfg.Endpoints, ","),
 		timeout: timeout, client: client, several: len(cfg.Endpoints) > 1,
 	}, nil
+}
+
+// failFast lets a call fail when no endpoint can be reached, with the reason; the client of etcd would let
+// it wait until its time is up, and then know only that.
+func failFast(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	return next(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
 }
 
 // Close ends the connections. Calls that are under way fail.
