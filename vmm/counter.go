@@ -24,6 +24,8 @@ const (
 	// CounterEmulated counts the instructions that the host's KVM emulates. It names stops
 	// in guest kernel code on hosts that emulate all of that (KVM-PVM).
 	CounterEmulated CounterKind = "emulated"
+	// CounterBranches counts the guest's conditional branches with the processor's performance counters.
+	CounterBranches CounterKind = "branches"
 )
 
 // Stop is what tells an asynchronous stop from others in its segment, the guest's run from one
