@@ -129,32 +129,39 @@ func dirtyProbe(ctx context.Context, e *Env, cpl uint8, rng *rand.Rand) (written
 		if err := p.vm.DirtyLog(dataSlot, bitmap); err != nil {
 			return written, extra, err
 		}
-		slices.Sort(writes)
-		miss := missedPages{round: round, written: n, first: -1}
+		missed, more := judge(bitmap, writes)
+		for _, i := range writes {
+			want[i]++
+		}
 		for i := range dirtyPages {
-			reported := bitmap[i/64]>>(i%64)&1 == 1
-			_, wrote := slices.BinarySearch(writes, i)
-			if wrote {
-				want[i]++
-			}
-			switch {
-			case wrote && !reported:
-				if miss.missed++; miss.first < 0 {
-					miss.first = i
-				}
-			case reported && !wrote:
-				extra++
-			}
 			if got := data[i*memory.PageSize]; got != want[i] {
 				return written, extra, fmt.Errorf("page %#x holds %d after %d writes", dataBase+i*memory.PageSize, got, want[i])
 			}
 		}
-		if miss.missed > 0 {
-			return written, extra, &miss
+		extra += len(more)
+		if len(missed) > 0 {
+			return written, extra, &missedPages{round: round, written: n, missed: len(missed), first: missed[0]}
 		}
 		written += n
 	}
 	return written, extra, nil
+}
+
+// judge compares a log with the pages that were written: those that it misses, and those that it has beyond
+// them, both ascending.
+func judge(bitmap []uint64, writes []int) (missed, extra []int) {
+	sorted := slices.Sorted(slices.Values(writes))
+	for i := range 64 * len(bitmap) {
+		reported := bitmap[i/64]>>(i%64)&1 == 1
+		_, wrote := slices.BinarySearch(sorted, i)
+		switch {
+		case wrote && !reported:
+			missed = append(missed, i)
+		case reported && !wrote:
+			extra = append(extra, i)
+		}
+	}
+	return missed, extra
 }
 
 // touch runs one of the two programs over pages of the data slot.

@@ -109,7 +109,7 @@ func (e *Env) compareRuns(ctx context.Context, g *guest, number uint64) Row {
 			d.Guest = g.name
 			return Row{
 				State: Error, Code: "divergence", Meaning: meaningParted, Remedy: remedyParted, Divergence: d, Compare: &count,
-				Found: fmt.Sprintf("the two runs part at exit %s: %s: %s", d.Position, d.What, shorten(d.First, d.Second)),
+				Found: fmt.Sprintf("the runs part at exit %s: %s: %s", d.Position, d.What, shorten(d.First, d.Second)),
 			}
 		}
 	}
@@ -130,7 +130,7 @@ func (e *Env) compareRuns(ctx context.Context, g *guest, number uint64) Row {
 }
 
 // errLate reports a guest that did not end in time.
-var errLate = errors.New("the guest does not end")
+var errLate = errors.New("the guest does not end in time")
 
 // guestFailure is the row of a guest that could not be compared.
 func guestFailure(ctx context.Context, g *guest, err error) Row {
@@ -140,7 +140,7 @@ func guestFailure(ctx context.Context, g *guest, err error) Row {
 		return Row{State: Unknown, Code: "interrupted", Found: "the check was interrupted", Meaning: meaning, Remedy: "run the check again"}
 	case errors.Is(err, errLate):
 		return Row{
-			State: Unknown, Code: "guest-timeout", Found: fmt.Sprintf("%s did not end within %v: %v", g.name, guestPatience, err), Meaning: meaning,
+			State: Unknown, Code: "guest-timeout", Found: fmt.Sprintf("%s: %v", g.name, err), Meaning: meaning,
 			Remedy: "run the check again on a host with less other work",
 		}
 	}
@@ -246,12 +246,16 @@ func (r *recorded) scratch(cfg *vmm.Config) (err error) {
 
 // run runs a machine to its end, kicked at random moments.
 func (e *Env) run(ctx context.Context, m *vmm.Machine, stream uint64) (vmm.Exit, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, guestPatience, errLate)
+	patience := guestPatience
+	if e.patience > 0 {
+		patience = e.patience
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errLate)
 	defer cancel()
 	stop := kick(m, e.Seed, stream)
 	end, err := m.Run(ctx)
 	stop()
-	if err == nil && ctx.Err() != nil {
+	if err == nil && end.Reason == vmm.ExitQuit && ctx.Err() != nil {
 		err = fmt.Errorf("%w (it came to exit %v)", context.Cause(ctx), m.Position())
 	}
 	return end, err

@@ -35,19 +35,43 @@ type Row struct {
 
 // Count says how much two runs of a guest were compared on.
 type Count struct {
-	Runs         int    `json:"runs"`         // in all, the recorded one included
-	Exits        uint64 `json:"exits"`        // compared with all registers
-	Inputs       uint64 `json:"inputs"`       // that came from outside
-	Clocks       uint64 `json:"clocks"`       // readings of a clock
-	Interrupts   uint64 `json:"interrupts"`   // delivered
-	Kicks        uint64 `json:"kicks"`        // returns of KVM_RUN that the host caused, in all runs
-	Stops        uint64 `json:"stops"`        // asynchronous stops that were named
-	Landings     uint64 `json:"landings"`     // asynchronous stops that were reached again, in all runs
-	Instructions uint64 `json:"instructions"` // counted on the way to the named stops
-	Emulated     uint64 `json:"emulated"`     // instructions that KVM could not emulate and this program did
-	Memory       uint64 `json:"memory_bytes"` // compared at the end
-	Components   int    `json:"components"`   // devices whose state was compared at the end
-	Digest       string `json:"digest"`       // of all that the guest did
+	Runs         int    `json:"runs"`             // in all, the recorded one included
+	Exits        uint64 `json:"exits"`            // compared with all registers
+	Inputs       uint64 `json:"inputs"`           // that came from outside
+	Clocks       uint64 `json:"clocks"`           // readings of a clock
+	Interrupts   uint64 `json:"interrupts"`       // delivered
+	Kicks        uint64 `json:"kicks"`            // returns of KVM_RUN that the host caused, in all runs
+	Stops        uint64 `json:"stops"`            // asynchronous stops that were named
+	Landings     uint64 `json:"landings"`         // asynchronous stops that were reached again, in all runs
+	Instructions uint64 `json:"instructions"`     // counted on the way to the named stops
+	Emulated     uint64 `json:"emulated"`         // instructions that KVM could not emulate and this program did
+	Memory       uint64 `json:"memory_bytes"`     // compared at the end
+	Components   int    `json:"components"`       // devices whose state was compared at the end
+	Digest       string `json:"digest,omitempty"` // of all that the guest did
+}
+
+// Total is how much was compared in all rows together.
+func Total(rows []Row) Count {
+	var t Count
+	for i := range rows {
+		c := rows[i].Compare
+		if c == nil {
+			continue
+		}
+		t.Runs += c.Runs
+		t.Exits += c.Exits
+		t.Inputs += c.Inputs
+		t.Clocks += c.Clocks
+		t.Interrupts += c.Interrupts
+		t.Kicks += c.Kicks
+		t.Stops += c.Stops
+		t.Landings += c.Landings
+		t.Instructions += c.Instructions
+		t.Emulated += c.Emulated
+		t.Memory += c.Memory
+		t.Components += c.Components
+	}
+	return t
 }
 
 // Divergence is the first difference between two runs of a guest.

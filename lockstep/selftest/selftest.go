@@ -20,7 +20,8 @@ type Env struct {
 	// Inject breaks one of the two runs of a guest on purpose, to see that it is found.
 	Inject Fault
 
-	counter vmm.CounterKind // that the guests run with; the check of counters sets it
+	counter  vmm.CounterKind // that the guests run with; the check of counters sets it
+	patience time.Duration   // for one run of a guest; 0: guestPatience
 }
 
 // A Check finds out one thing. Run returns a row without Check and Elapsed.
