@@ -25,6 +25,8 @@ const (
 	guestDisk   = 8 << 20
 	// guestPatience bounds one run: the slowest takes a few seconds where kernel code is emulated.
 	guestPatience = 60 * time.Second
+	// liveTries is how often a guest may run before what it complains about counts.
+	liveTries = 3
 	// maxConsole bounds what is kept of a guest's output, in bytes.
 	maxConsole = 64 << 10
 )
@@ -84,7 +86,7 @@ func (e *Env) compare(ctx context.Context, g *guest, number uint64) Row {
 }
 
 func (e *Env) compareRuns(ctx context.Context, g *guest, number uint64) Row {
-	first, err := e.record(ctx, g, number)
+	first, err := e.live(ctx, g, number)
 	defer first.close()
 	if err != nil {
 		return guestFailure(ctx, g, err)
@@ -189,6 +191,20 @@ func (r *recorded) verdict(g *guest) *Row {
 		State: Error, Code: "guest-fails", Found: why, Meaning: "the machine is not what a guest expects: guests may not run here",
 		Remedy: "report it with this text, the processor and the kernel",
 	}
+}
+
+// live runs the guest until it is content with the machine, at most liveTries times: claims about clocks do not
+// hold when a busy host stops a guest for longer than a clock takes to go round (55 ms for the PIT).
+func (e *Env) live(ctx context.Context, g *guest, number uint64) (r *recorded, err error) {
+	for try := range uint64(liveTries) {
+		if r != nil {
+			r.close()
+		}
+		if r, err = e.record(ctx, g, number|try<<16); err != nil || r.verdict(g) == nil {
+			break
+		}
+	}
+	return r, err
 }
 
 // record runs the guest live, recorded and kicked.
