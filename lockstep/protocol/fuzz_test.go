@@ -66,7 +66,7 @@ func FuzzNode(f *testing.F) {
 				case 6:
 					n.PrecopyDone()
 				case 7:
-					n.Frozen()
+					n.Frozen(p[0]%2 == 0)
 				}
 			case 11:
 				switch x % 4 {

@@ -87,11 +87,13 @@ func (n *Node) SwitchOver() bool {
 }
 
 // Frozen tells that the guest stands after a Freeze: there will be no Log, Output or Mark
-// until it is thawed.
-func (n *Node) Frozen() {
+// until it is thawed. Named says that it stands where the last Mark was, so that the backup can come there
+// too; else a cut brings it there.
+func (n *Node) Frozen(named bool) {
 	if n.phase != Switching {
 		return
 	}
+	n.tainted = n.tainted || !named
 	n.still = true
 	n.flush()
 	n.switchOver()

@@ -194,7 +194,7 @@ func (h *pair) run(cmd []string) string {
 		x.flipped = true
 	case "frozen":
 		_, x := h.side(arg(1))
-		x.node.Frozen()
+		x.node.Frozen(true)
 	case "cut":
 		_, x := h.side(arg(1))
 		x.node.NeedCut("asked for")

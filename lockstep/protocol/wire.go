@@ -41,6 +41,9 @@ const (
 	// MaxMessage bounds a message, in bytes: the link's MaxLogMessage. What goes by the bulk class has
 	// to keep to the smaller bound of that.
 	MaxMessage = 8 << 20
+	// MaxCut bounds a message of any type, in bytes. A cut of a large guest has many hashes; the shell sends such a message
+	// in pieces.
+	MaxCut = 512 << 20
 	// MaxItems bounds the items of a Log: those of MaxMessage bytes by the node's own reckoning.
 	MaxItems = MaxMessage / itemSize
 	// MaxOutputs bounds the outputs that a CutState carries: the default gate full of single bytes.
@@ -212,8 +215,8 @@ func appendOutputs(b []byte, outputs []Output) []byte {
 // wrap ErrMessage.
 func DecodeMessage(b []byte) (Message, error) {
 	d := decoder{p: b}
-	if len(b) > MaxMessage {
-		d.fail("%d bytes, at most %d are allowed", len(b), MaxMessage)
+	if len(b) > MaxCut {
+		d.fail("%d bytes, at most %d are allowed", len(b), MaxCut)
 	}
 	head := d.byte()
 	m := Message{Type: Type(head & headType), From: Side(head >> headFrom & headSides)}

@@ -265,7 +265,8 @@ func (s *side) do(a protocol.Action) {
 		s.goLive()
 	case protocol.Freeze:
 		s.frozen = true
-		s.later(w.between(1, 50), s.node.Frozen)
+		named := w.between(0, 3) > 0
+		s.later(w.between(1, 50), func() { s.node.Frozen(named) })
 	case protocol.Thaw:
 		s.frozen = false
 		w.checkLedger(s)
