@@ -26,8 +26,8 @@ import (
 // VT-x and SVM is accesses to devices, and those are exits, before which a landing has ended.
 //
 // What cannot be named, because no breakpoint could stop there: the middle of a REP instruction (the processor looks for breakpoints before
-// its first iteration only), an instruction after MOV SS or STI, one that a fault's handler has returned to
-// (both of the first kind have RF set, too), a guest that uses the debug registers itself.
+// its first iteration only), an instruction that is being retried after a fault or an EPT violation (in both cases RF is set: SDM vol. 3 §28.3.3), one
+// after MOV SS or STI, any in a guest that uses the debug registers or the trap flag itself.
 
 // ErrGuestDebug reports a landing that is impossible because the guest uses the processor's debugging itself: it
 // needs a cut. It is an [ErrLanding], though no divergence.
@@ -103,7 +103,6 @@ type branches struct {
 	near    bool // the breakpoint is set
 	hit     bool // the guest is at the breakpoint, too early
 	over    bool // the overflow is set
-	catches bool // it is set to catch a guest that passes the stop, and has not ended an entry yet
 	hits    uint
 	idle    time.Duration // that the guest has run without a branch
 	seen    uint64        // count at the last entry
@@ -172,12 +171,6 @@ func (c *branches) Approach(to Stop) (bool, error) {
 		if err != nil || there {
 			return there, err
 		}
-		if !c.catches {
-			if err := c.hw.SetOverflow(left + 1); err != nil {
-				return false, err
-			}
-			c.over, c.catches = true, true
-		}
 		return false, c.enter(to, count)
 	}
 	if err := c.hw.SetOverflow(left - c.hw.Skid()); err != nil {
@@ -203,7 +196,11 @@ func (c *branches) look(to Stop, count uint64) (there bool, err error) {
 		if err := c.hw.SetBreakpoint(to.RIP); err != nil {
 			return false, err
 		}
-		c.near = true
+		c.near, c.over = true, true
+		// From here on the overflow catches a guest that passes the stop.
+		if err := c.hw.SetOverflow(to.Count - count + 1); err != nil {
+			return false, err
+		}
 	}
 	if c.hit {
 		if c.hits++; c.hits > maxBreakpointHits {
@@ -228,7 +225,6 @@ func (c *branches) enter(to Stop, count uint64) error {
 		c.idle = 0
 	}
 	c.seen, c.idle = count, c.idle+r.ran
-	c.catches = c.catches && r.kind == branchBreakpoint
 	switch r.kind {
 	case branchKick:
 		if c.idle >= maxIdle {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -495,4 +496,210 @@ func TestWhatProcessorsCount(t *testing.T) {
 		require.NotZero(t, e.skid)
 		require.Equal(t, p.vendor == amdVendor, e.specLocks != 0)
 	}
+}
+
+// statHW is the hardware of a host whose KVM emulates guest kernel code: a real vCPU with real breakpoints, whose counter is that
+// of emulated instructions and whose overflow is a timer. The landing, what it reads of the guest, and the probe
+// run on it as they do on a processor that counts branches.
+type statHW struct {
+	*branchCPU
+	stat *kvm.Statistic
+	due  uint64
+	at   uint64 // the breakpoint
+	hits int
+}
+
+func newStatHW(t *testing.T, vcpu *kvm.VCPU) *statHW {
+	stat, err := vcpu.Statistic(statInsnEmulation)
+	require.NoError(t, err)
+	timer, err := newThreadTimer()
+	require.NoError(t, err)
+	return &statHW{branchCPU: &branchCPU{vcpu: vcpu, run: vcpu.RunPage(), timer: timer}, stat: stat, due: noOverflow}
+}
+
+func (h *statHW) Close() error           { return errors.Join(h.stat.Close(), h.branchCPU.Close()) }
+func (h *statHW) Skid() uint64           { return 1000 }
+func (h *statHW) Count() (uint64, error) { return h.stat.Value() }
+func (h *statHW) SetOverflow(n uint64) error {
+	v, err := h.stat.Value()
+	h.due = v + n
+	return err
+}
+
+func (h *statHW) SetBreakpoint(addr uint64) error {
+	h.at = addr
+	return h.branchCPU.SetBreakpoint(addr)
+}
+
+// State leaves RF out: KVM-PVM sets and clears it as it likes.
+func (h *statHW) State() (branchState, error) {
+	st, err := h.branchCPU.State()
+	st.Resume = false
+	return st, err
+}
+
+// SetResume does by a step what RF does on a processor: KVM's emulator does not look at RF.
+func (h *statHW) SetResume(on bool) error {
+	if !on {
+		return nil
+	}
+	if err := h.vcpu.SetSingleStep(true); err != nil {
+		return err
+	}
+	for {
+		r, err := h.enter(branchPatience)
+		if err != nil {
+			return err
+		}
+		if r.kind != branchKick {
+			return h.branchCPU.SetBreakpoint(h.at)
+		}
+	}
+}
+
+func (h *statHW) Enter() (branchReturn, error) {
+	for {
+		v, err := h.stat.Value()
+		if err != nil || v >= h.due {
+			return branchReturn{}, err
+		}
+		r, err := h.enter(max(min(time.Duration(min(h.due-v, 1<<20))*fastest/4, branchPatience), minPiece))
+		if r.kind == branchBreakpoint {
+			h.hits++
+		}
+		if err != nil || r.kind != branchKick {
+			return r, err
+		}
+	}
+}
+
+// requireEmulated skips where KVM does not emulate guest code; there the branches themselves can be counted.
+func requireEmulated(t *testing.T) {
+	ok, err := probeEmulated("")
+	require.NoError(t, err)
+	if !ok {
+		t.Skip("this host's KVM does not emulate guest code")
+	}
+}
+
+func TestTheProbeLandsOnARealVCPU(t *testing.T) {
+	requireEmulated(t)
+	p := branchProbe{outer: 4, inner: 3000}
+	p.want = 1 + uint64(p.outer)*(1+3*uint64(p.inner)+3) + 1 // instructions
+	g, err := newProbeGuest("", p.code())
+	require.NoError(t, err)
+	defer g.close()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	h := newStatHW(t, g.vcpu)
+	require.NoError(t, tryBranches(&branches{hw: h}, g, p))
+	require.NotZero(t, h.hits, "it came by breakpoints")
+
+	p.want++
+	h = newStatHW(t, g.vcpu)
+	require.ErrorContains(t, tryBranches(&branches{hw: h}, g, p), "counts as", "a count that is not exact is refused")
+}
+
+func TestARealGuestsDebuggingIsSeen(t *testing.T) {
+	requireEmulated(t)
+	g, err := newProbeGuest("", probeOf(branchEvents{skid: intelSkid}).code())
+	require.NoError(t, err)
+	defer g.close()
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	require.NoError(t, g.restart())
+	h := newStatHW(t, g.vcpu)
+	defer h.Close()
+	st, err := h.State()
+	require.NoError(t, err)
+	require.True(t, st.nameable())
+	require.EqualValues(t, probeCode, st.RIP)
+
+	d, err := g.vcpu.DebugRegs()
+	require.NoError(t, err)
+	d.DB[1], d.DR7 = probeCode, d.DR7|1<<2
+	require.NoError(t, g.vcpu.SetDebugRegs(&d))
+	st, err = h.State()
+	require.NoError(t, err)
+	require.True(t, st.Debugs)
+	c := &branches{hw: h}
+	require.NoError(t, c.Restart())
+	_, err = c.Approach(Stop{Count: 10, RIP: probeCode})
+	require.ErrorIs(t, err, ErrGuestDebug)
+	_, ok, err := c.Locate()
+	require.NoError(t, err)
+	require.False(t, ok, "nor is a stop named that nobody can land on")
+}
+
+func TestWhoRaisedADebugException(t *testing.T) {
+	require.Equal(t, branchBreakpoint, debugReturn(&kvm.DebugExit{Exception: 1, DR6: 0xffff0ff1}))
+	require.Equal(t, branchDebug, debugReturn(&kvm.DebugExit{Exception: 1, DR6: 0xffff4ff0}), "the trap flag")
+	require.Equal(t, branchDebug, debugReturn(&kvm.DebugExit{Exception: 1, DR6: 0xffff4ff1}), "the trap flag, at the breakpoint")
+	require.Equal(t, branchDebug, debugReturn(&kvm.DebugExit{Exception: 1, DR6: 0xffff0ff0}), "INT1")
+	require.Equal(t, branchDebug, debugReturn(&kvm.DebugExit{Exception: 3}), "INT3")
+}
+
+func TestLinearAddressOfTheNextInstruction(t *testing.T) {
+	r := &kvm.Regs{RIP: 0xfff0}
+	require.EqualValues(t, 0xfffffff0, linearRIP(r, &kvm.Sregs{CS: kvm.Segment{Base: 0xffff0000}}), "at reset")
+	require.EqualValues(t, 0xffef, linearRIP(r, &kvm.Sregs{CS: kvm.Segment{Base: 0xffffffff}}), "wraps at 4 GiB")
+	long := &kvm.Sregs{EFER: eferLMA, CS: kvm.Segment{Base: 0x1000, L: 1}}
+	require.EqualValues(t, 0xfff0, linearRIP(r, long), "no base in 64-bit code")
+	long.CS.L = 0
+	require.EqualValues(t, 0x10ff0, linearRIP(r, long), "a base in compatibility mode")
+}
+
+func TestSettingsOfAHostAgainstCounting(t *testing.T) {
+	for _, test := range []struct {
+		files map[string]string
+		says  string
+	}{
+		{nil, ""},
+		{map[string]string{freezeOnSMIFile: "1", unrestrictedGuestFile: "Y"}, ""},
+		{map[string]string{freezeOnSMIFile: "0"}, "write 1 to"},
+		{map[string]string{unrestrictedGuestFile: "N"}, "unrestricted_guest"},
+		{map[string]string{hybridPMUDirectory + "/type": "4"}, "two kinds"},
+	} {
+		err := hostObjection(func(f string) (string, bool) { v, ok := test.files[f]; return v, ok })
+		if test.says == "" {
+			require.NoError(t, err)
+		} else {
+			require.ErrorContains(t, err, test.says)
+		}
+	}
+}
+
+// Each counter is there or says why not, and the first that is there is chosen.
+func TestCountersSayWhy(t *testing.T) {
+	kind, err := ProbeCounter("")
+	require.NoError(t, err)
+	want := CounterNone
+	reports := Counters("")
+	require.Len(t, reports, 2)
+	for _, r := range reports {
+		t.Logf("%s: %v: %s", r.Kind, r.Available, r.Reason)
+		require.NotEmpty(t, r.Reason)
+		if r.Available && want == CounterNone {
+			want = r.Kind
+		}
+	}
+	require.Equal(t, want, kind)
+	for _, r := range Counters("/dev/null") {
+		require.False(t, r.Available)
+		require.NotEmpty(t, r.Reason)
+	}
+	_, err = ProbeCounter("/dev/null")
+	require.ErrorIs(t, err, kvm.ErrNoKVM)
+}
+
+// A machine has the counter that it is asked for, or says why not.
+func TestAMachineCountsBranchesOrRefuses(t *testing.T) {
+	m, err := New(Config{Memory: testMemory, Kernel: image(t, "first"), Counter: CounterBranches})
+	if Counters("")[0].Available {
+		require.NoError(t, err)
+		require.NoError(t, m.Close())
+		return
+	}
+	require.Error(t, err)
+	t.Log(err)
 }

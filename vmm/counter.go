@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ftvmm/ftvmm/vmm/kvm"
-	"github.com/ftvmm/ftvmm/vmm/memory"
 )
 
 // CounterKind says how stops between two synchronous exits get their names (docs/determinism.md, "Positions").
@@ -332,49 +331,30 @@ func (m *Machine) land(to Stop) (err error) {
 	return nil
 }
 
-// ProbeCounter says which counter this host's KVM offers for stops between synchronous
-// exits, by running a loop of known length.
+// ProbeCounter says which counter this host offers for stops between synchronous exits, by running loops of
+// known length; [Counters] tells more.
 func ProbeCounter(device string) (CounterKind, error) {
-	if device == "" {
-		device = DefaultKVM
+	if probeBranches(device) == nil {
+		return CounterBranches, nil
 	}
-	sys, err := kvm.Open(device)
-	if err != nil {
-		return CounterNone, err
-	}
-	defer sys.Close()
-	if sys.Check(kvm.CapBinaryStatsFD) == 0 {
-		return CounterNone, nil
-	}
-	vm, err := sys.CreateVM()
-	if err != nil {
-		return CounterNone, err
-	}
-	defer vm.Close()
-	mem, err := memory.New(memory.Extent{Base: 0, Size: probeMemory})
-	if err != nil {
-		return CounterNone, err
-	}
-	defer mem.Close()
-	if err := mem.Write(probeCode, probe); err != nil {
-		return CounterNone, err
-	}
-	if err := vm.SetMemory(0, 0, mem.Regions()[0].Bytes, 0); err != nil {
-		return CounterNone, err
-	}
-	vcpu, err := vm.CreateVCPU(0)
-	if err != nil {
-		return CounterNone, err
-	}
-	defer vcpu.Close()
-	n, err := runProbe(vcpu)
-	if errors.Is(err, kvm.ErrFeature) || err == nil && n != probeCount {
-		return CounterNone, nil
-	}
-	if err != nil {
+	ok, err := probeEmulated(device)
+	if err != nil || !ok {
 		return CounterNone, err
 	}
 	return CounterEmulated, nil
+}
+
+func probeEmulated(device string) (bool, error) {
+	g, err := newProbeGuest(device, probe)
+	if err != nil {
+		return false, err
+	}
+	defer g.close()
+	n, err := g.emulated()
+	if errors.Is(err, kvm.ErrFeature) {
+		return false, nil
+	}
+	return n == probeCount, err
 }
 
 // The probe: mov ecx, probeLoops; 1: dec ecx; jnz 1b; hlt, in flat 32-bit code at CPL 0.
@@ -387,43 +367,22 @@ const (
 
 var probe = []byte{0xb9, probeLoops & 0xff, probeLoops >> 8, 0, 0, 0x49, 0x75, 0xfd, 0xf4}
 
-// runProbe returns how many instructions KVM has emulated of the probe.
-func runProbe(vcpu *kvm.VCPU) (uint64, error) {
-	c, err := newEmulated(vcpu)
+// emulated returns how many instructions KVM has emulated of the probe.
+func (g *probeGuest) emulated() (uint64, error) {
+	c, err := newEmulated(g.vcpu)
 	if err != nil {
 		return 0, err
 	}
 	defer c.Close()
-	s, err := vcpu.Sregs()
-	if err != nil {
-		return 0, err
-	}
-	code := kvm.Segment{Limit: 0xffffffff, Selector: 8, Typ: 11, Present: 1, DB: 1, S: 1, G: 1}
-	data := code
-	data.Selector, data.Typ = 16, 3
-	s.CS, s.DS, s.ES, s.FS, s.GS, s.SS = code, data, data, data, data, data
-	s.CR0 |= 1 // protected mode
-	if err := vcpu.SetSregs(&s); err != nil {
-		return 0, err
-	}
-	if err := vcpu.SetRegs(&kvm.Regs{RIP: probeCode, RFLAGS: 2}); err != nil {
+	if err := g.restart(); err != nil {
 		return 0, err
 	}
 	if err := c.Restart(); err != nil {
 		return 0, err
 	}
-	for {
-		switch errno := vcpu.Run(); errno {
-		case unix.EINTR, unix.EAGAIN:
-			continue
-		case 0:
-		default:
-			return 0, errno
-		}
-		if reason := vcpu.RunPage().ExitReason; reason != kvm.ExitHLT {
-			return 0, fmt.Errorf("vmm: the counter's probe ended with KVM exit reason %d", reason)
-		}
-		v, err := c.stat.Value()
-		return v - c.base, err
+	if _, err := g.enter(); err != nil {
+		return 0, err
 	}
+	v, err := c.stat.Value()
+	return v - c.base, err
 }

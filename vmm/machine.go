@@ -307,6 +307,15 @@ func (m *Machine) count() error {
 		m.counter = c
 		m.async, _ = m.source.(AsyncSource)
 		return c.Restart()
+	case CounterBranches:
+		// It counts from the first exit on, on the thread that runs the guest.
+		c, err := newBranches(m.vcpu)
+		if err != nil {
+			return err
+		}
+		m.counter = c
+		m.async, _ = m.source.(AsyncSource)
+		return nil
 	}
 	return fmt.Errorf("vmm: there is no counter %q", m.cfg.Counter)
 }

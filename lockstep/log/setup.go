@@ -114,7 +114,7 @@ func (s *Setup) check() error {
 		return fmt.Errorf("%w: %d images", ErrNotLog, len(s.Blobs))
 	case s.KernelKind < 0 || s.KernelKind > math.MaxUint8:
 		return fmt.Errorf("%w: kernel of kind %d", ErrNotLog, s.KernelKind)
-	case s.Counter != "" && s.Counter != vmm.CounterNone && s.Counter != vmm.CounterEmulated:
+	case s.Counter != "" && s.Counter != vmm.CounterNone && s.Counter != vmm.CounterEmulated && s.Counter != vmm.CounterBranches:
 		return fmt.Errorf("%w: this version knows no counter %q", ErrNotLog, s.Counter)
 	}
 	for _, n := range s.Blobs {
