@@ -50,6 +50,8 @@ const (
 	// probeEvery is how often a connection with a call under way is probed (gRPC allows no less), and
 	// silence how long data may stay unacknowledged (TCP_USER_TIMEOUT) before it is given up.
 	probeEvery, silence = 10 * time.Second, 2 * time.Second
+	// accessAttempts is how often a call is made that meets changes of access.
+	accessAttempts = 8
 )
 
 // Key returns the key of a pair's record: all that its credentials must reach.
@@ -138,9 +140,18 @@ func Open(cfg Config) (*Arbiter, error) {
 }
 
 // failFast lets a call fail when no endpoint can be reached, with the reason; the client of etcd would let
-// it wait until its time is up, and then know only that.
+// it wait until its time is up, and then know only that. A call is repeated only if it is certain that it did
+// nothing: etcd refused to look at it because access of some pair changed meanwhile.
 func failFast(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	return next(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
+	opts = append(opts, grpc.WaitForReady(false))
+	var err error
+	for range accessAttempts {
+		err = next(ctx, method, req, reply, cc, opts...)
+		if !errors.Is(rpctypes.Error(err), rpctypes.ErrAuthOldRevision) {
+			break
+		}
+	}
+	return err
 }
 
 // Close ends the connections. Calls that are under way fail.

@@ -68,11 +68,13 @@ func requireReason(t *testing.T, reason string, err error) {
 }
 
 func TestTheRecordOutlivesTheWitness(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	data := t.TempDir()
 	w, err := witness.Start(ctx, witness.Config{Data: data, Listen: "127.0.0.1:0", Insecure: true})
 	require.NoError(t, err)
-	addr := w.Addr().String()
+	p := newProxy(t, w.Addr().String()) // its address stays
+	addr := p.Addr().String()
 	a := open(t, patience, addr)
 	want := solo(1, protocol.A, 7)
 	ok, held, err := a.Swap(ctx, want)
@@ -95,18 +97,15 @@ func TestTheRecordOutlivesTheWitness(t *testing.T) {
 	}
 
 	// Back: with the record, for the same clients, in the time that reconnecting takes.
-	start(t, data, addr)
-	require.Eventually(t, func() bool {
-		held, err = a.Read(ctx)
-		return err == nil
-	}, patience, 10*time.Millisecond)
-	require.Equal(t, want, held)
+	p.lead(start(t, data, "127.0.0.1:0"))
+	require.Equal(t, want, readable(t, a))
 	ok, _, err = open(t, patience, addr).Swap(ctx, solo(2, protocol.B, 8))
 	require.NoError(t, err)
 	require.True(t, ok)
 }
 
 func TestWhatIsNoRecordIsAnErrorAndStays(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	addr := start(t, t.TempDir(), "127.0.0.1:0").Addr().String()
 	a := open(t, patience, addr)
@@ -135,6 +134,7 @@ func TestWhatIsNoRecordIsAnErrorAndStays(t *testing.T) {
 }
 
 func TestADeletedRecordIsNone(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	addr := start(t, t.TempDir(), "127.0.0.1:0").Addr().String()
 	a := open(t, patience, addr)
@@ -151,6 +151,7 @@ func TestADeletedRecordIsNone(t *testing.T) {
 }
 
 func TestTwoWitnessesAreNotOneArbiter(t *testing.T) {
+	t.Parallel()
 	one, two := start(t, t.TempDir(), "127.0.0.1:0"), start(t, t.TempDir(), "127.0.0.1:0")
 	a := open(t, patience, one.Addr().String(), two.Addr().String())
 	var err error
@@ -164,15 +165,16 @@ func TestTwoWitnessesAreNotOneArbiter(t *testing.T) {
 }
 
 func TestAWitnessThatLostItsDataIsAnother(t *testing.T) {
+	t.Parallel()
 	ctx := t.Context()
 	w, err := witness.Start(ctx, witness.Config{Data: t.TempDir(), Listen: "127.0.0.1:0", Insecure: true})
 	require.NoError(t, err)
-	addr := w.Addr().String()
-	a := open(t, patience, addr)
+	p := newProxy(t, w.Addr().String())
+	a := open(t, patience, p.Addr().String())
 	_, _, err = a.Swap(ctx, solo(1, protocol.A, 1))
 	require.NoError(t, err)
 	require.NoError(t, w.Close())
-	start(t, t.TempDir(), addr)
+	p.lead(start(t, t.TempDir(), "127.0.0.1:0"))
 	require.Eventually(t, func() bool {
 		_, err = a.Read(ctx)
 		var e *arbiter.Error
@@ -181,6 +183,7 @@ func TestAWitnessThatLostItsDataIsAnother(t *testing.T) {
 }
 
 func TestTwoAddressesOfOneWitness(t *testing.T) {
+	t.Parallel()
 	_, port, err := net.SplitHostPort(start(t, t.TempDir(), "127.0.0.1:0").Addr().String())
 	require.NoError(t, err)
 	a := open(t, patience, "127.0.0.1:"+port, "localhost:"+port)
@@ -193,10 +196,10 @@ func TestTwoAddressesOfOneWitness(t *testing.T) {
 // proxy passes bytes between a client and a witness. A request that holds a text springs a trap, once.
 type proxy struct {
 	net.Listener
-	to      string
 	running sync.WaitGroup
 
 	mu    sync.Mutex
+	to    string
 	conns []net.Conn
 	trap  *trap
 	deaf  bool // answers are dropped
@@ -234,7 +237,10 @@ func (p *proxy) serve() {
 		if err != nil {
 			return
 		}
-		to, err := net.Dial("tcp", p.to)
+		p.mu.Lock()
+		addr := p.to
+		p.mu.Unlock()
+		to, err := net.Dial("tcp", addr)
 		if err != nil {
 			from.Close()
 			continue
@@ -303,6 +309,13 @@ func (p *proxy) set(tr *trap) {
 	p.trap, p.deaf = tr, false
 }
 
+// lead makes new connections go to another witness.
+func (p *proxy) lead(w *witness.Witness) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.to = w.Addr().String()
+}
+
 // cut breaks all connections.
 func (p *proxy) cut() {
 	p.mu.Lock()
@@ -325,6 +338,7 @@ func readable(t *testing.T, a *etcd.Arbiter) (held protocol.Record) {
 }
 
 func TestASwapWhoseAnswerIsLost(t *testing.T) {
+	t.Parallel()
 	w := start(t, t.TempDir(), "127.0.0.1:0")
 	p := newProxy(t, w.Addr().String())
 	a, direct := open(t, patience, p.Addr().String()), open(t, patience, w.Addr().String())
@@ -363,6 +377,7 @@ func TestASwapWhoseAnswerIsLost(t *testing.T) {
 }
 
 func TestASwapThatTakesEffectAfterItsCallerGaveUp(t *testing.T) {
+	t.Parallel()
 	for _, lost := range []bool{false, true} {
 		t.Run(fmt.Sprintf("overtaken=%v", lost), func(t *testing.T) {
 			w := start(t, t.TempDir(), "127.0.0.1:0")
@@ -405,6 +420,7 @@ func TestASwapThatTakesEffectAfterItsCallerGaveUp(t *testing.T) {
 }
 
 func TestASlowArbiter(t *testing.T) {
+	t.Parallel()
 	w := start(t, t.TempDir(), "127.0.0.1:0")
 	p := newProxy(t, w.Addr().String())
 	a := open(t, 200*time.Millisecond, p.Addr().String())
@@ -413,7 +429,6 @@ func TestASlowArbiter(t *testing.T) {
 	p.set(tr)
 	ok, held, err := a.Swap(t.Context(), solo(1, protocol.A, 7777777))
 	requireReason(t, arbiter.NoAnswer, err)
-	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.False(t, ok)
 	require.Zero(t, held)
 	close(tr.pass)
@@ -421,6 +436,7 @@ func TestASlowArbiter(t *testing.T) {
 }
 
 func TestConfigThatCannotWork(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		cfg    etcd.Config

@@ -8,8 +8,8 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/authpb"
@@ -28,8 +28,15 @@ const grantsDir = "pairs"
 // maxGrant bounds such a file, in bytes.
 const maxGrant = 128
 
-// userName is what a user looks like: never etcd's administrator, who is called root.
-var userName = regexp.MustCompile(`^grant-[A-Z2-7]{26}$`)
+// userPrefix begins the name of every user, and so none is etcd's administrator, who is called root. What follows is
+// [rand.Text].
+const userPrefix = "grant-"
+
+// isUser reports whether a name is one that Grant makes.
+func isUser(name string) bool {
+	text, ok := strings.CutPrefix(name, userPrefix)
+	return ok && len(text) == 26 && strings.Trim(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") == ""
+}
 
 // administrator is the user and the role that etcd asks for. No certificate is ever made in this name.
 const administrator = "root"
@@ -181,11 +188,8 @@ func readGrant(path string) (string, error) {
 	defer f.Close()
 	b := make([]byte, maxGrant)
 	n, err := f.Read(b)
-	user := string(b[:n])
-	if len(user) > 0 && user[n-1] == '\n' {
-		user = user[:n-1]
-	}
-	if !userName.MatchString(user) {
+	user := strings.TrimSuffix(string(b[:n]), "\n")
+	if !isUser(user) {
 		return "", refuse(BadGrant, "make it again with ftvmm witness grant --force, or remove the file", "%s is no grant: %w", path, errors.Join(err, errors.New("it names no user")))
 	}
 	return user, nil

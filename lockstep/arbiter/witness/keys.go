@@ -15,7 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"regexp"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/credentials"
@@ -42,14 +42,14 @@ const (
 
 // Reasons why a witness cannot be set up or run.
 const (
-	BadHost     = "bad-host"       // not a name or an address
-	BadName     = "bad-name"       // not a pair's name
-	KeysExist   = "keys-exist"     // there are keys already
-	BadGrant    = "bad-grant"      // a file in the list of grants is none
-	NotLoopback = "not-loopback"   // without keys, and for all the world
-	NeedsKeys   = "needs-keys"     // without keys, on records that are protected
-	DataInUse   = "data-in-use"    // by another witness
-	BadListen   = "cannot-listen"  // the address is not this host's, or in use
+	BadHost     = "bad-host"      // not a name or an address
+	BadName     = "bad-name"      // not a pair's name
+	KeysExist   = "keys-exist"    // there are keys already
+	BadGrant    = "bad-grant"     // a file in the list of grants is none
+	NotLoopback = "not-loopback"  // without keys, and for all the world
+	NeedsKeys   = "needs-keys"    // without keys, on records that are protected
+	DataInUse   = "data-in-use"   // by another witness
+	BadListen   = "cannot-listen" // the address is not this host's, or in use
 	initRemedy  = "make keys with ftvmm witness init"
 	grantRemedy = "choose another directory, or replace the keys with --force"
 )
@@ -57,9 +57,6 @@ const (
 func refuse(reason, remedy, format string, args ...any) error {
 	return arbiter.Errorf(reason, remedy, format, args...)
 }
-
-// hostName is a name in the DNS.
-var hostName = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)*[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`)
 
 // signer is an authority with its key.
 type signer struct {
@@ -77,7 +74,7 @@ func Init(dir string, hosts []string) error {
 	for _, h := range hosts {
 		if ip, err := netip.ParseAddr(h); err == nil && ip.Zone() == "" {
 			leaf.IPAddresses = append(leaf.IPAddresses, ip.AsSlice())
-		} else if hostName.MatchString(h) && len(h) <= 253 {
+		} else if isHostName(h) {
 			leaf.DNSNames = append(leaf.DNSNames, h)
 		} else {
 			return refuse(BadHost, "give a name or an IP address, without a port", "%q is no name of a host", h)
@@ -107,6 +104,17 @@ func Init(dir string, hosts []string) error {
 		return fmt.Errorf("putting the keys of a witness in their place: %w", err)
 	}
 	return nil
+}
+
+// isHostName reports whether a name can be one in the DNS.
+func isHostName(name string) bool {
+	for label := range strings.SplitSeq(name, ".") {
+		if label == "" || len(label) > 63 || label[0] == '-' || label[len(label)-1] == '-' ||
+			strings.Trim(label, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-") != "" {
+			return false
+		}
+	}
+	return len(name) <= 253
 }
 
 func initialise(dir string, leaf *x509.Certificate) error {
@@ -166,7 +174,7 @@ func Grant(dir, pair, out string, force bool) error {
 			return refuse(KeysExist, grantRemedy, "the pair %s has credentials already: %s exists", pair, path)
 		}
 	}
-	user := "grant-" + rand.Text()
+	user := userPrefix + rand.Text()
 	for _, side := range []link.Side{link.A, link.B} {
 		if err := authority.grantSide(filepath.Join(out, side.String()), pair, user, side); err != nil {
 			return fmt.Errorf("making the credentials of side %v: %w", side, err)

@@ -62,7 +62,7 @@ const (
 	// here.
 	pingTime, idleTime = 5 * time.Second, time.Minute
 	// grantsEvery is how often the list of grants is looked at.
-	grantsEvery = time.Second
+	grantsEvery = 500 * time.Millisecond
 )
 
 // Config says how a witness runs.
