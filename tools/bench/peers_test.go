@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/ftvmm/ftvmm/tools/bench/plot"
 )
 
 // fakeMonitor answers each command with the next of answers, each a few lines.
@@ -170,7 +172,7 @@ func TestWhatIsMeasured(t *testing.T) {
 func TestPeersAreMeasuredAlone(t *testing.T) {
 	var ran []string
 	all := []group{{
-		figures:  []figure{peerFigure(figure{name: "a", unit: "ms", scale: perMilli, plot: "pauses", series: "A"}), peerFigure(figure{name: "b", scale: 1})},
+		figures:  []figure{peerFigure(figure{name: "a", unit: "ms", scale: perMilli, plot: "pauses", series: "A"}), peerFigure(figure{name: "b", scale: 1, plot: "pauses", series: "A"})},
 		lockstep: true,
 		spread: func(_ context.Context, _ *bench, v vm) ([][]float64, error) {
 			ran = append(ran, v.name())
@@ -198,6 +200,7 @@ func TestPeersAreMeasuredAlone(t *testing.T) {
 	svg, err := os.ReadFile(filepath.Join(dir, "pauses.svg"))
 	require.NoError(t, err)
 	require.Contains(t, string(svg), ">QEMU A<")
+	require.Contains(t, string(svg), ">12<", "two figures make one series")
 	files, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	require.Len(t, files, 1, "no picture without samples")
@@ -211,6 +214,7 @@ func TestPeersAreMeasuredAlone(t *testing.T) {
 
 func TestFiguresAreWellFormed(t *testing.T) {
 	names, titles, units := map[string]bool{}, map[string]bool{}, map[string]string{}
+	series := map[string]map[string]bool{}
 	for _, p := range plots {
 		titles[p.name] = true
 	}
@@ -226,6 +230,11 @@ func TestFiguresAreWellFormed(t *testing.T) {
 			require.True(t, titles[f.plot], "%s: there is no picture %q", f.name, f.plot)
 			require.Contains(t, []string{"", f.unit}, units[f.plot], "%s: a picture has one unit", f.name)
 			units[f.plot] = f.unit
+			if series[f.plot] == nil {
+				series[f.plot] = map[string]bool{}
+			}
+			series[f.plot][f.series] = true
+			require.LessOrEqual(t, len(series[f.plot]), plot.MaxSeries, f.plot)
 		}
 	}
 }

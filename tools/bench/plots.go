@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/ftvmm/ftvmm/tools/bench/plot"
 )
@@ -30,7 +31,8 @@ func drawPlots(dir string, results []result) error {
 	return nil
 }
 
-// plotSeries returns the distributions of one picture and their unit.
+// plotSeries returns the distributions of one picture and their unit. Figures whose series have the same name
+// are one distribution.
 func plotSeries(name string, results []result) (series []plot.Series, unit string) {
 	for i := range results {
 		r := &results[i]
@@ -42,9 +44,15 @@ func plotSeries(name string, results []result) (series []plot.Series, unit strin
 			program string
 			samples []float64
 		}{{"ftvmm", r.ours}, {"QEMU", r.qemu}} {
-			if len(of.samples) > 0 {
-				series = append(series, plot.Series{Name: of.program + " " + r.series, Samples: scaled(of.samples, r.scale)})
+			if len(of.samples) == 0 {
+				continue
 			}
+			name := of.program + " " + r.series
+			at := slices.IndexFunc(series, func(s plot.Series) bool { return s.Name == name })
+			if at < 0 {
+				at, series = len(series), append(series, plot.Series{Name: name})
+			}
+			series[at].Samples = append(series[at].Samples, scaled(of.samples, r.scale)...)
 		}
 	}
 	return series, unit
