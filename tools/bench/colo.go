@@ -31,7 +31,7 @@ func colo(over channel, delay int) group {
 			peerFigure(figure{name: name + "-progress", what: series + ": progress of the guest, of an unprotected one's", unit: "%", scale: perCent, more: true}),
 			peerFigure(figure{name: name + "-pause", what: series + ": a pause of the guest", unit: "ms", scale: perMilli, plot: "pauses", series: series}),
 			peerFigure(figure{name: name + "-pause-max", what: series + ": the longest pause of a run", unit: "ms", scale: perMilli}),
-			peerFigure(figure{name: name + "-takeover", what: series + ": from x-colo-lost-heartbeat until the secondary goes on", unit: "ms", scale: perMilli, plot: "takeover", series: "COLO, once told that the primary is lost"}),
+			peerFigure(figure{name: name + "-takeover", what: series + ": from x-colo-lost-heartbeat until the secondary goes on", unit: "ms", scale: perMilli, plot: "takeover", series: "COLO, once told of the loss"}),
 		},
 		lockstep: true,
 		spread: func(ctx context.Context, b *bench, v vm) ([][]float64, error) {
