@@ -219,5 +219,8 @@ func (m *Machine) PowerCycle() error {
 	return m.powerOn()
 }
 
+// Fresh says whether a term has begun at this stop and its inputs have not been asked for. Called on the vCPU loop.
+func (m *Machine) Fresh() bool { return m.fresh }
+
 // Halted says whether the guest is in a HLT. Called on the vCPU loop.
 func (m *Machine) Halted() bool { return m.halted }

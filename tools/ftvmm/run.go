@@ -32,7 +32,7 @@ type built struct {
 
 // build makes the machine that g describes, after configure has had its way with the configuration. It ends
 // with no machine and nothing open, or with all.
-func build(g *config.Guest, ports *ports, event func(string, map[string]any), configure func(*vmm.Config)) (b *built, err error) {
+func build(g *config.Guest, ports *ports, event func(string, map[string]any), configure func(*vmm.Config) error) (b *built, err error) {
 	b = &built{}
 	defer func() {
 		if err != nil {
@@ -92,7 +92,9 @@ func build(g *config.Guest, ports *ports, event func(string, map[string]any), co
 	if ports.debug != nil {
 		cfg.DebugConsole = ports.debug.Output
 	}
-	configure(&cfg)
+	if err := configure(&cfg); err != nil {
+		return b, err
+	}
 	b.Machine, err = vmm.New(cfg)
 	return b, err
 }

@@ -25,6 +25,7 @@ func (a *app) runCommand() *cobra.Command {
 	var (
 		restore string
 		rec     recordFlags
+		twin    pairFlags
 	)
 	c := &cobra.Command{
 		Use:   "run [FILE]",
@@ -55,6 +56,7 @@ host lacks KVM or a feature; 66 the guest crashed.`,
 	}
 	s := addSettings(c)
 	rec.add(c.Flags())
+	twin.add(c.Flags())
 	c.Flags().StringVar(&restore, "restore", "", "go on with the guest that vm save wrote to this `file`")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		g, _, err := s.load(args)
@@ -67,7 +69,13 @@ host lacks KVM or a feature; 66 the guest crashed.`,
 			err = rec.check(g)
 		}
 		if err == nil {
-			a.exit, err = a.runMachine(cmd.Context(), g, restore, &rec)
+			err = twin.check(g, &rec)
+		}
+		if err == nil {
+			err = twin.settle(g)
+		}
+		if err == nil {
+			a.exit, err = a.runMachine(cmd.Context(), g, restore, &rec, &twin)
 		}
 		if err != nil {
 			f := classify(err)
@@ -103,7 +111,7 @@ const ioSlots = 8
 
 // runMachine runs the guest, again and again if its configuration says so, and returns run's
 // exit code.
-func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string, rec *recordFlags) (int, error) {
+func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string, rec *recordFlags, twin *pairFlags) (int, error) {
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + ioSlots)
 	var events *event.Emitter
 	if g.Events != "" {
@@ -113,7 +121,7 @@ func (a *app) runMachine(ctx context.Context, g *config.Guest, restore string, r
 		}
 	}
 	defer events.Close()
-	r := &runner{app: a, guest: g, events: events, record: rec}
+	r := &runner{app: a, guest: g, events: events, record: rec, pair: twin}
 	defer r.signals()()
 	// If the user asks for the end while no machine is there, this is how it ended.
 	end := vmm.Exit{Reason: vmm.ExitQuit}
@@ -187,6 +195,7 @@ type runner struct {
 	guest  *config.Guest
 	events *event.Emitter
 	record *recordFlags
+	pair   *pairFlags
 	// stopping is set when the user has asked for the end, so that the guest is not started again.
 	stopping atomic.Bool
 
@@ -226,11 +235,17 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 		return end, err
 	}
 	defer closing("close the recording", tape.Close)
-	m, err := build(r.guest, &r.ports, r.event, tape.configure)
+	var twin *side
+	m, err := build(r.guest, &r.ports, r.event, func(cfg *vmm.Config) (err error) {
+		tape.configure(cfg)
+		twin, err = r.pair.open(r.guest, cfg, r.events)
+		return err
+	})
 	if err != nil {
-		return end, err
+		return end, errors.Join(err, twin.Close())
 	}
 	defer closing("close the machine", m.Close)
+	defer closing("leave the pair", twin.Close)
 	if restore != "" {
 		if err := m.Restore(restore); err != nil {
 			return end, err
@@ -240,6 +255,9 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 	if err := tape.begin(m.Machine, restore != ""); err != nil {
 		return end, err
 	}
+	if err := twin.start(m.Machine); err != nil {
+		return end, err
+	}
 	r.machine.Store(m.Machine)
 	defer r.machine.Store(nil)
 	if r.stopping.Load() {
@@ -247,7 +265,7 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 	}
 
 	if r.guest.Control != "" {
-		if r.guest.Control == config.ControlPath(r.guest.Name) {
+		if filepath.Dir(r.guest.Control) == config.RuntimeDir() {
 			if err := makeRuntimeDir(filepath.Dir(r.guest.Control)); err != nil {
 				return end, err
 			}

@@ -61,6 +61,39 @@ const (
 	UnknownMSR     Kind = "unknown-msr"     // the guest used a model-specific register that is not there; attrs say which
 )
 
+// The kinds of event in a pair's life (docs/lockstep.md).
+const (
+	PairPhase      Kind = "pair-phase"       // what this side is doing has changed; attrs say from what to what, and after how long
+	PairSuspect    Kind = "pair-suspect"     // the other side is silent
+	PairDead       Kind = "pair-dead"        // it has been silent for too long
+	PairLinkLost   Kind = "pair-link-lost"   // the link is closed
+	PairSlow       Kind = "pair-slow"        // the guest waits for the backup, which is alive
+	PairDivergence Kind = "pair-divergence"  // the sides differ
+	PairDifference Kind = "divergence-found" // where and in what, on the side that noticed
+	PairTaint      Kind = "pair-taint"       // a cut because of a clock that could not be trapped
+	PairCut        Kind = "pair-cut"         // a cut begins; attrs say why
+	PairCutTaken   Kind = "cut"              // a cut was taken; attrs carry pages and pause
+	PairNoArbiter  Kind = "pair-no-arbiter"  // the arbiter does not answer
+	PairRefused    Kind = "pair-refused"     // the arbiter's record rules this side out
+	PairForced     Kind = "pair-forced"      // a person overruled the record
+	PairProtocol   Kind = "pair-protocol"    // the other side broke the protocol
+	PairCold       Kind = "pair-cold-start"  // the guest starts from its disk
+	PairSwitchOver Kind = "pair-switch-over" // a planned change of sides
+	PairMismatch   Kind = "pair-mismatch"    // the sides are for different guests; attrs say in what
+	PairFailed     Kind = "side-failed"      // this side cannot go on
+	CopyProgress   Kind = "copy-progress"    // of the copy to a joining side
+	Copied         Kind = "copied"           // that copy is complete but for the last cut
+	LinkRefused    Kind = "link-refused"     // a connection was refused
+	LinkPathUp     Kind = "link-path-up"     // a path to the other side is usable
+	LinkPathLost   Kind = "link-path-lost"   // a path is no longer usable
+	LinkMoved      Kind = "link-moved"       // traffic has moved to another path
+	LinkSuspect    Kind = "link-suspect"     // nothing is heard over the link
+	LinkDead       Kind = "link-dead"        // and for too long
+	LinkAlive      Kind = "link-alive"       // heard from again
+	LinkStarved    Kind = "link-starved"     // this process did not run
+	LinkDown       Kind = "link-down"        // the session is over
+)
+
 // Message is the catalogue's entry of a kind.
 type Message struct {
 	Kind     Kind     `json:"event"`
@@ -93,6 +126,35 @@ var catalog = [...]Message{
 	{EventsLost, "FTV-0017", Warning, "Events were lost because they could not be written.", "Check the file or pipe given with --events."},
 	{Exited, "FTV-0018", Information, "The virtual machine monitor has ended.", ""},
 	{UnknownMSR, "FTV-0019", Information, "The guest used a model-specific register that this machine does not have.", ""},
+	{PairPhase, "FTV-0100", Information, "This side of the pair has changed its phase.", ""},
+	{PairSuspect, "FTV-0101", Warning, "The other side is silent.", "Look at the other host and at the link if it does not come back."},
+	{PairDead, "FTV-0102", Error, "The other side has been silent for too long and counts as lost.", "Look at the other host and at the link."},
+	{PairLinkLost, "FTV-0103", Warning, "The link to the other side is closed.", "Look at the other host and at the link."},
+	{PairSlow, "FTV-0104", Warning, "The guest waits for its backup, which is alive but slow.", "Give the backup's host more processor time."},
+	{PairDivergence, "FTV-0105", Warning, "The two sides differ; the backup is made equal.", "If it happens again, check both hosts' memory and processors, and ftvmm check --self-test."},
+	{PairDifference, "FTV-0106", Warning, "This side's guest does not do what the log says.", "If it happens again, check both hosts' memory and processors, and ftvmm check --self-test."},
+	{PairTaint, "FTV-0107", Information, "An output waits in a stretch in which the guest may have read a clock that cannot be trapped.", ""},
+	{PairCut, "FTV-0108", Information, "The state is copied to the backup.", ""},
+	{PairCutTaken, "FTV-0109", Information, "A copy of the state was taken.", ""},
+	{PairNoArbiter, "FTV-0110", Error, "The arbiter does not answer; the guest stands until it does.", "Look at the arbiter and the network to it."},
+	{PairRefused, "FTV-0111", Warning, "The arbiter's record does not let this side go on.", "Nothing, if the other side is live; else see docs/protocol.md."},
+	{PairForced, "FTV-0112", Warning, "A person has made this side live against the record.", "Make sure that the other side is gone for good."},
+	{PairProtocol, "FTV-0113", Error, "The other side broke the protocol.", "Check that both hosts run the same version of ftvmm."},
+	{PairCold, "FTV-0114", Information, "The guest starts from its disk.", ""},
+	{PairSwitchOver, "FTV-0115", Information, "The guest is handed over to the other side.", ""},
+	{PairMismatch, "FTV-0116", Error, "The two sides are not for the same guest.", "Give both sides the same configuration and the same kind of processor."},
+	{PairFailed, "FTV-0117", Error, "This side cannot go on; the other can.", "Mend what the event names and start this side again."},
+	{CopyProgress, "FTV-0118", Information, "The guest is being copied to the other side.", ""},
+	{Copied, "FTV-0119", Good, "The guest was copied to the other side.", ""},
+	{LinkRefused, "FTV-0120", Warning, "A connection on the link was refused.", "Look at the reason in the event."},
+	{LinkPathUp, "FTV-0121", Good, "A path to the other side is usable.", ""},
+	{LinkPathLost, "FTV-0122", Warning, "A path to the other side is lost.", "Look at the network below that path."},
+	{LinkMoved, "FTV-0123", Information, "Traffic has moved to the other path.", ""},
+	{LinkSuspect, "FTV-0124", Warning, "Nothing is heard over the link.", "Look at the other host and at the link."},
+	{LinkDead, "FTV-0125", Error, "Nothing has been heard over the link for too long.", "Look at the other host and at the link."},
+	{LinkAlive, "FTV-0126", Good, "The other side is heard again.", ""},
+	{LinkStarved, "FTV-0127", Warning, "This process did not get any processor time.", "Give it more: the pair cannot tell a starved host from a dead one for ever."},
+	{LinkDown, "FTV-0128", Warning, "The link's session is over.", ""},
 }
 
 // Catalog returns every kind of event, in order of ID.
