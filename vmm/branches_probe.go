@@ -321,6 +321,9 @@ func (g *probeGuest) close() {
 
 // restart has the guest begin anew.
 func (g *probeGuest) restart() error {
+	if err := g.mem.Write(probeData, make([]byte, 4)); err != nil { // its flags would tell runs apart
+		return err
+	}
 	s, err := g.vcpu.Sregs()
 	if err != nil {
 		return err
