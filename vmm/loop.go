@@ -119,7 +119,7 @@ func (m *Machine) loop() error {
 			continue
 		}
 		m.source.Arm(m.clock.Next())
-		if m.fresh {
+		if m.fresh || m.exit != nil {
 			continue
 		}
 		if m.async != nil {
@@ -129,7 +129,7 @@ func (m *Machine) loop() error {
 				}
 				continue
 			}
-			if m.fresh {
+			if m.fresh || m.exit != nil {
 				continue
 			}
 		}

@@ -327,6 +327,9 @@ func (p *Pair) Status(ctx context.Context) (s Status, err error) {
 // ErrNotNow reports an order that the side cannot carry out in its phase.
 var ErrNotNow = errors.New("pair: not now")
 
+// Live says whether this side's guest is the one that the world sees.
+func (p *Pair) Live() bool { return p.world.is(live) }
+
 // SwitchOver hands a protected guest over to the other side. It returns when that has begun; events tell how it ends.
 func (p *Pair) SwitchOver(ctx context.Context) error {
 	var ok bool

@@ -202,6 +202,7 @@ type runner struct {
 	// Of the present life of the guest:
 	started time.Time
 	ports   ports
+	twin    atomic.Pointer[side]        // nil if it runs alone
 	machine atomic.Pointer[vmm.Machine] // nil while there is none; keys and signals come at any time
 }
 
@@ -258,6 +259,8 @@ func (r *runner) run(ctx context.Context, restore string) (end vmm.Exit, err err
 	if err := twin.start(m.Machine); err != nil {
 		return end, err
 	}
+	r.twin.Store(twin)
+	defer r.twin.Store(nil)
 	r.machine.Store(m.Machine)
 	defer r.machine.Store(nil)
 	if r.stopping.Load() {
@@ -342,6 +345,10 @@ func (r *runner) key(key byte) {
 }
 
 func (r *runner) pressPower() {
+	if s := r.twin.Load(); s != nil && !s.Live() {
+		r.quit() // the guest's power button is on the other side
+		return
+	}
 	r.stopping.Store(true)
 	if m := r.machine.Load(); m != nil {
 		if err := m.PowerButton(); err != nil {
