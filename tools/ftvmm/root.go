@@ -29,7 +29,7 @@ func execute(args []string, stdout, stderr io.Writer) int {
 	root := a.root()
 	root.SetArgs(args)
 	// Cobra finds the command before it reads flags, so that a bad flag of run gets run's exit code.
-	if cmd, _, err := root.Find(args); err == nil && cmd.Name() == "run" {
+	if cmd, _, err := root.Find(args); err == nil && cmd.CommandPath() == "ftvmm run" {
 		a.usageExit = runBadConfig
 	}
 	if err := root.Execute(); err != nil {
