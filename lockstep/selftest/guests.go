@@ -31,13 +31,14 @@ const (
 	maxConsole = 64 << 10
 )
 
-// A guest is one that runs twice.
+// guest is one that runs twice.
 type guest struct {
 	name, image string
 	cmdline     string
 	quick       string // the command line with Env.Quick; "": the same
 	disk, net   bool
-	needs       string // what it tries, for the report
+	tries       string // for the report
+	weight      int    // how long it takes beside others
 	landing     bool   // it makes no exits: without a counter it never ends
 }
 
@@ -45,15 +46,15 @@ type guest struct {
 const marker = "selftest=unbroken"
 
 var allGuests = []guest{
-	{name: "hello", image: "hello", needs: "start-up and the console"},
-	{name: "storm-cpl0", image: "storm", cmdline: "mode=all n=3000 cpl=0", quick: "mode=all n=300 cpl=0", needs: "every kind of exit from kernel code"},
-	{name: "storm-cpl3", image: "storm", cmdline: "mode=all n=3000 cpl=3", quick: "mode=all n=300 cpl=3", needs: "every kind of exit from user code"},
-	{name: "compute", image: "compute", cmdline: "size=8m rounds=8 exit_every=100000", quick: "size=4m rounds=2 exit_every=50000", needs: "long runs of user code that write memory, with vector registers"},
-	{name: "timers", image: "timers", cmdline: "ms=20 no=rtc", quick: "ms=10 no=rtc", needs: "all clocks and timers"},
-	{name: "irq", image: "irq", needs: "the interrupt controllers"},
-	{name: "blk", image: "blk", cmdline: "mode=verify n=300", quick: "mode=verify n=60", disk: true, needs: "a disk whose requests end at any time"},
-	{name: "net", image: "net", cmdline: netCmdline, net: true, needs: "a network whose frames come at any time"},
-	{name: "landing", image: "spin", cmdline: "n=60 hz=200 masked=500", quick: "n=20 hz=200", landing: true, needs: "interrupts between two exits"},
+	{name: "hello", weight: 2, image: "hello", tries: "start-up and the console"},
+	{name: "storm-cpl0", weight: 100, image: "storm", cmdline: "mode=all n=3000 cpl=0", quick: "mode=all n=300 cpl=0", tries: "every kind of exit from kernel code"},
+	{name: "storm-cpl3", weight: 100, image: "storm", cmdline: "mode=all n=3000 cpl=3", quick: "mode=all n=300 cpl=3", tries: "every kind of exit from user code"},
+	{name: "compute", weight: 40, image: "compute", cmdline: "size=8m rounds=60 exit_every=100000", quick: "size=4m rounds=2 exit_every=50000", tries: "long runs of user code that write memory, with vector registers"},
+	{name: "timers", weight: 30, image: "timers", cmdline: "ms=20 no=rtc", quick: "ms=10 no=rtc", tries: "all clocks and timers"},
+	{name: "irq", weight: 12, image: "irq", tries: "the interrupt controllers"},
+	{name: "blk", weight: 55, image: "blk", cmdline: "mode=verify n=300", quick: "mode=verify n=60", disk: true, tries: "a disk whose requests end at any time"},
+	{name: "net", weight: 4, image: "net", cmdline: netCmdline, net: true, tries: "a network whose frames come at any time"},
+	{name: "landing", weight: 95, image: "spin", cmdline: "n=60 hz=200 masked=500", quick: "n=20 hz=200", landing: true, tries: "interrupts between two exits"},
 }
 
 // Guests returns the checks that run the committed test guests twice. [Host]'s come before them.
@@ -61,7 +62,7 @@ func Guests() []Check {
 	checks := make([]Check, len(allGuests))
 	for i := range allGuests {
 		g := &allGuests[i]
-		checks[i] = Check{guestPrefix + g.name, func(ctx context.Context, e *Env) Row { return e.compare(ctx, g, uint64(i)) }}
+		checks[i] = Check{guestPrefix + g.name, g.weight, func(ctx context.Context, e *Env) Row { return e.compare(ctx, g, uint64(i)) }}
 	}
 	return checks
 }
@@ -116,7 +117,7 @@ func (e *Env) compareRuns(ctx context.Context, g *guest, number uint64) Row {
 		}
 	}
 	row := Row{State: Good, Code: "equal", Meaning: meaningEqual, Compare: &count, Found: fmt.Sprintf(
-		"%s: %d runs equal in %d exits, %d inputs, %d interrupts, under %d kicks", g.needs, count.Runs, count.Exits, count.Inputs, count.Interrupts, count.Kicks)}
+		"%s: %d runs equal in %d exits, %d inputs, %d interrupts, under %d kicks", g.tries, count.Runs, count.Exits, count.Inputs, count.Interrupts, count.Kicks)}
 	if g.landing {
 		row.Code = "landings-exact"
 		row.Found = fmt.Sprintf("%d runs equal; all %d stops that were named between exits, %d instructions after them, were landed on, %d landings",

@@ -34,17 +34,17 @@ const (
 // Host returns the checks of what the host's kernel offers. They take less than a second.
 func Host() []Check {
 	return []Check{
-		{checkKind, hostKind},
-		{checkNested, hostNested},
-		{checkCompletion, completion},
-		{checkSyncRegs, syncRegs},
-		{checkMSRs, msrFilter},
-		{checkInterrupts, interrupts},
-		{checkDirtyLog, dirtyLog},
-		{checkStats, statistics},
-		{checkTSC, tscControl},
-		{checkCounter, counter},
-		{checkVCPUs, vcpus},
+		{Name: checkKind, Run: hostKind},
+		{Name: checkNested, Run: hostNested},
+		{Name: checkCompletion, Run: completion},
+		{Name: checkSyncRegs, Run: syncRegs},
+		{Name: checkMSRs, Run: msrFilter},
+		{Name: checkInterrupts, Run: interrupts},
+		{Name: checkDirtyLog, Run: dirtyLog},
+		{Name: checkStats, Run: statistics},
+		{Name: checkTSC, Run: tscControl},
+		{Name: checkCounter, Run: counter},
+		{Name: checkVCPUs, Run: vcpus},
 	}
 }
 

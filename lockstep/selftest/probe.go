@@ -142,7 +142,7 @@ func (p *probe) longMode(cpl uint8) error {
 	return p.vcpu.SetSregs(&s)
 }
 
-// enter runs the guest to its next exit. Signals do not end it, want's does: KVM_RUN must return.
+// enter runs the guest to its next exit. Signals do not end it; a program that runs for too long is an error.
 func (p *probe) enter() (reason uint32, err error) {
 	var late atomic.Bool
 	pid, tid := os.Getpid(), unix.Gettid()
@@ -196,10 +196,14 @@ func (p *probe) expectOut(port uint16) (byte, error) {
 func (p *probe) complete() error {
 	p.page.SetImmediateExit(true)
 	defer p.page.SetImmediateExit(false)
-	if errno := p.vcpu.Run(); errno != unix.EINTR {
-		return fmt.Errorf("KVM_RUN with immediate_exit returns %d with exit reason %d, want EINTR", errno, p.page.ExitReason)
+	switch errno := p.vcpu.Run(); errno {
+	case unix.EINTR:
+		return nil
+	case 0:
+		return fmt.Errorf("KVM_RUN with immediate_exit makes an exit (reason %d) rather than return EINTR", p.page.ExitReason)
+	default:
+		return fmt.Errorf("KVM_RUN with immediate_exit: %w", errno)
 	}
-	return nil
 }
 
 func (p *probe) close() {

@@ -27,24 +27,38 @@ type Env struct {
 // A Check finds out one thing. Run returns a row without Check and Elapsed.
 type Check struct {
 	Name string
-	Run  func(ctx context.Context, e *Env) Row
+	// Weight is how long it takes beside others; 0 counts as 1.
+	Weight int
+	Run    func(ctx context.Context, e *Env) Row
+}
+
+// Progress says how far the checks have come.
+type Progress struct {
+	Done, Total int     // checks
+	Part        float64 // of the work that is done, by weight, 0 to 1
+	Next        string  // the check that begins
 }
 
 // Run carries out the checks in turn. progress, if not nil, is told before each of them. Between two
 // checks ctx can end it; the rows so far are returned with its error.
-func Run(ctx context.Context, e *Env, checks []Check, progress func(done, total int, next string)) ([]Row, error) {
+func Run(ctx context.Context, e *Env, checks []Check, progress func(Progress)) ([]Row, error) {
 	rows := make([]Row, 0, len(checks))
+	done, total := 0, 0
+	for i := range checks {
+		total += max(checks[i].Weight, 1)
+	}
 	for i, c := range checks {
 		if err := ctx.Err(); err != nil {
 			return rows, fmt.Errorf("self-test: %w", context.Cause(ctx))
 		}
 		if progress != nil {
-			progress(i, len(checks), c.Name)
+			progress(Progress{Done: i, Total: len(checks), Part: float64(done) / float64(total), Next: c.Name})
 		}
 		began := time.Now()
 		row := c.Run(ctx, e)
 		row.Check, row.Elapsed = c.Name, milliseconds(time.Since(began))
 		rows = append(rows, row)
+		done += max(c.Weight, 1)
 	}
 	if err := ctx.Err(); err != nil {
 		return rows, fmt.Errorf("self-test: %w", context.Cause(ctx))

@@ -33,9 +33,13 @@ func requireComplete(t *testing.T, r *Row) {
 // On this host guests run twice and are the same.
 func TestThisHostPasses(t *testing.T) {
 	var names []string
-	rows, err := Run(t.Context(), &Env{Seed: 1, Quick: true}, append(Host(), Guests()...), func(done, total int, next string) {
-		require.Equal(t, len(names), done)
-		names = append(names, next)
+	part := 0.0
+	rows, err := Run(t.Context(), &Env{Seed: 1, Quick: true}, append(Host(), Guests()...), func(p Progress) {
+		require.Equal(t, len(names), p.Done)
+		require.GreaterOrEqual(t, p.Part, part)
+		require.Less(t, p.Part, 1.0)
+		part = p.Part
+		names = append(names, p.Next)
 	})
 	require.NoError(t, err)
 	require.Len(t, rows, len(names))
@@ -100,7 +104,7 @@ func TestFaultsAreFound(t *testing.T) {
 				t.Skip("this host has no counter to land by")
 			}
 			requireComplete(t, r)
-			require.Equal(t, Error, r.State)
+			require.Equal(t, Error, r.State, "%+v", r)
 			require.Equal(t, "divergence", r.Code)
 			d := r.Divergence
 			require.NotNil(t, d)
@@ -176,8 +180,8 @@ func TestNoKVM(t *testing.T) {
 func TestInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	checks := []Check{
-		{"one", func(context.Context, *Env) Row { cancel(); return Row{State: Good} }},
-		{"two", func(context.Context, *Env) Row { panic("not reached") }},
+		{Name: "one", Run: func(context.Context, *Env) Row { cancel(); return Row{State: Good} }},
+		{Name: "two", Run: func(context.Context, *Env) Row { panic("not reached") }},
 	}
 	rows, err := Run(ctx, &Env{}, checks, nil)
 	require.ErrorIs(t, err, context.Canceled)

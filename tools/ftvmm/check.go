@@ -274,16 +274,16 @@ func (a *app) newProgress(began time.Time) *progress {
 // eraseLine is carriage return and ECMA-48's "erase in line".
 const eraseLine = "\r\x1b[K"
 
-func (p *progress) show(done, total int, next string) {
+func (p *progress) show(at selftest.Progress) {
 	if p.w == nil {
 		return
 	}
 	elapsed := time.Since(p.began)
 	left := ""
-	if done > 0 {
-		left = fmt.Sprintf(", about %v left", (elapsed / time.Duration(done) * time.Duration(total-done)).Round(time.Second))
+	if at.Part > 0.1 { // before it is a guess
+		left = fmt.Sprintf(", about %v left", time.Duration(float64(elapsed)*(1-at.Part)/at.Part).Round(time.Second))
 	}
-	fmt.Fprintf(p.w, "%s%3d%%  check %d of %d: %s, %v%s", eraseLine, 100*done/total, done+1, total, next, elapsed.Round(time.Second), left)
+	fmt.Fprintf(p.w, "%s%3.0f%%  check %d of %d: %s, %v%s", eraseLine, 100*at.Part, at.Done+1, at.Total, at.Next, elapsed.Round(time.Second), left)
 }
 
 func (p *progress) clear() {

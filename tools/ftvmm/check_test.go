@@ -58,13 +58,14 @@ func TestCheckExitCode(t *testing.T) {
 // On a terminal one line says how far the check has come; it is gone at the end.
 func TestCheckProgress(t *testing.T) {
 	var out bytes.Buffer
+	at := selftest.Progress{Done: 5, Total: 20, Part: 0.25, Next: "guest.blk"}
 	p := progress{&out, time.Now()}
-	p.show(5, 20, "guest.blk")
+	p.show(at)
 	require.Regexp(t, `^\r\x1b\[K 25%  check 6 of 20: guest\.blk, 0s, about 0s left$`, out.String())
 	out.Reset()
 	p.clear()
 	require.Equal(t, eraseLine, out.String())
 	none := (&app{err: &out}).newProgress(time.Now())
-	none.show(5, 20, "guest.blk")
+	none.show(at)
 	require.Equal(t, eraseLine, out.String(), "what is no terminal gets nothing")
 }
