@@ -33,6 +33,13 @@ const (
 	MaxEntropy = 64 << 10
 	// maxConsoleInput is the most bytes of one InputConsole.
 	maxConsoleInput = 1 << 10
+
+	// lingerTime is how long an entry is put off for the answer to a frame: some more than the way to
+	// a program on this host and back.
+	lingerTime = 40 * time.Microsecond
+	// maxLingerMisses bounds how rarely lingering is tried where answers do not come in time: after
+	// n misses in a row it is left out 2^n times.
+	maxLingerMisses = 8
 )
 
 // Live connects a guest to the present: it is the input source and output sink of a guest
@@ -60,6 +67,10 @@ type Live struct {
 	timer    int // a timerfd on CLOCK_MONOTONIC
 	armed    int64
 	timerDue atomic.Bool
+
+	sent         atomic.Bool // a frame has left since the last entry
+	lingerSkip   int         // transmissions that do not linger
+	lingerMisses int         // answers in a row that did not come in time
 
 	mu     sync.Mutex
 	room   sync.Cond // signalled when the queue shrinks or the source closes
@@ -201,13 +212,37 @@ func (l *Live) Anywhere() bool { return true }
 func (l *Live) EveryStop() bool { return l.leftover }
 
 // Arm sets the host's timer for the guest's next deadline. Moving a deadline back is
-// common and costs nothing here: the timer then expires early and is set again.
+// common and costs nothing here: the timer then expires early and is set again. The
+// guest is about to be entered: this is the time to linger.
 func (l *Live) Arm(next int64) {
+	if l.sent.Load() {
+		l.sent.Store(false)
+		l.linger()
+	}
 	if next >= l.armed || next == devices.Never {
 		return
 	}
 	l.armed = next
 	l.setTimer(time.Duration(next - l.now()))
+}
+
+// linger waits a moment for the answer to what the guest has just sent. A program on this host that
+// makes one request after another is answered and asks again within some ten microseconds. If the
+// guest is entered before that, it finds nothing to do, arms its interrupt and goes to sleep, and must be
+// stopped on its way; else it finds the next request when it looks for more.
+func (l *Live) linger() {
+	if l.lingerSkip > 0 {
+		l.lingerSkip--
+		return
+	}
+	for began := time.Now(); !l.bell.Rung(); {
+		if time.Since(began) >= lingerTime {
+			l.lingerMisses = min(l.lingerMisses+1, maxLingerMisses)
+			l.lingerSkip = 1 << l.lingerMisses
+			return
+		}
+	}
+	l.lingerMisses = 0
 }
 
 // Take returns what the backends have posted, and the time if a timer is due.
@@ -393,7 +428,10 @@ func (l *Live) Disk(device int, r *DiskRequest) {
 }
 
 // Frame sends a frame.
-func (l *Live) Frame(device int, frame []byte) { l.nics[device].Transmit(frame) }
+func (l *Live) Frame(device int, frame []byte) {
+	l.nics[device].Transmit(frame)
+	l.sent.Store(true)
+}
 
 // Offloads passes the driver's choice on.
 func (l *Live) Offloads(device int, o Offloads) { l.nics[device].SetOffloads(o) }

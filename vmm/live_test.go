@@ -1,0 +1,54 @@
+package vmm
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/ftvmm/ftvmm/devices"
+	"github.com/ftvmm/ftvmm/vmm/backend"
+)
+
+// mute is a NIC on which nothing comes.
+type mute struct{ backend.NIC }
+
+func (mute) Transmit([]byte) {}
+
+// An entry after a transmission is put off for the answer, the more rarely the more answers in a
+// row have not come, and each time again after one that has.
+func TestLingeringIsForAnswersThatCome(t *testing.T) {
+	l, err := NewLive(nil, []backend.NIC{mute{}}, nil)
+	require.NoError(t, err)
+	l.bell = &Bell{}
+	defer l.Close()
+	// lingered sends and enters, and tells whether the entry was put off.
+	lingered := func() bool {
+		skip := l.lingerSkip
+		l.Frame(0, nil)
+		l.Arm(devices.Never)
+		require.False(t, l.sent.Load())
+		return skip == 0
+	}
+	lingers := func(n int) (count int) {
+		for range n {
+			if lingered() {
+				count++
+			}
+		}
+		return count
+	}
+	require.Equal(t, maxLingerMisses, lingers(maxLingerMisses+2+4+8+16+32+64+128), "no answers")
+	require.Equal(t, 1<<maxLingerMisses, l.lingerSkip)
+	require.Zero(t, lingers(1<<maxLingerMisses))
+	require.Equal(t, 1, lingers(1))
+	require.Equal(t, 1<<maxLingerMisses, l.lingerSkip, "no rarer than that")
+
+	l.lingerSkip = 0
+	l.bell.Ring()
+	require.Equal(t, 10, lingers(10), "answers have come")
+	l.bell.answer()
+	require.Equal(t, 1, lingers(3), "an answer that does not come begins anew")
+
+	l.Arm(devices.Never)
+	require.Zero(t, l.lingerSkip, "nothing was sent, nothing is due")
+}
