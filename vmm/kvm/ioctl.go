@@ -81,9 +81,24 @@ const (
 // apiVersion is the only version of the KVM API that has ever been stable.
 const apiVersion = 12
 
+// ioctl issues an ioctl whose argument is a number.
 func ioctl(fd int, op uintptr, arg uintptr) (uintptr, error) {
 	for {
 		r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), op, arg)
+		if errno == 0 {
+			return r, nil
+		}
+		if errno != unix.EINTR {
+			return 0, errno
+		}
+	}
+}
+
+// ioctlAt issues an ioctl whose argument is a structure. It must arrive here as a pointer: what it points
+// to may be on this goroutine's stack, which moves when it grows, and a uintptr would go on pointing to where it was.
+func ioctlAt(fd int, op uintptr, arg unsafe.Pointer) (uintptr, error) {
+	for {
+		r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), op, uintptr(arg))
 		if errno == 0 {
 			return r, nil
 		}

@@ -214,7 +214,7 @@ func (v *VCPU) Run() unix.Errno {
 }
 
 func (v *VCPU) do(what string, op uintptr, p unsafe.Pointer) error {
-	if _, err := ioctl(v.fd, op, uintptr(p)); err != nil {
+	if _, err := ioctlAt(v.fd, op, p); err != nil {
 		return fmt.Errorf("kvm: %s: %w", what, err)
 	}
 	return nil
@@ -267,7 +267,7 @@ func (s *System) SupportedCPUID() ([]CPUIDEntry, error) {
 	const most = 256
 	b := make([]byte, 8+most*int(unsafe.Sizeof(CPUIDEntry{})))
 	*(*uint32)(unsafe.Pointer(&b[0])) = most
-	if _, err := ioctl(s.fd, ioGetSupportedCPUID, uintptr(unsafe.Pointer(&b[0]))); err != nil {
+	if _, err := ioctlAt(s.fd, ioGetSupportedCPUID, unsafe.Pointer(&b[0])); err != nil {
 		return nil, fmt.Errorf("kvm: get supported CPUID: %w", err)
 	}
 	n := min(*(*uint32)(unsafe.Pointer(&b[0])), most)
@@ -292,7 +292,7 @@ func (v *VCPU) MSRs(indices []uint32) ([]MSREntry, error) {
 		for i := range l.entries[:l.n] {
 			l.entries[i].Index = indices[i]
 		}
-		n, err := ioctl(v.fd, ioGetMSRs, uintptr(unsafe.Pointer(&l)))
+		n, err := ioctlAt(v.fd, ioGetMSRs, unsafe.Pointer(&l))
 		if err != nil {
 			return nil, fmt.Errorf("kvm: get MSRs: %w", err)
 		}
@@ -310,7 +310,7 @@ func (v *VCPU) SetMSRs(entries []MSREntry) error {
 	for len(entries) > 0 {
 		l := msrList{n: uint32(min(len(entries), maxMSRsInOneSystem))}
 		copy(l.entries[:], entries[:l.n])
-		n, err := ioctl(v.fd, ioSetMSRs, uintptr(unsafe.Pointer(&l)))
+		n, err := ioctlAt(v.fd, ioSetMSRs, unsafe.Pointer(&l))
 		if err != nil {
 			return fmt.Errorf("kvm: set MSRs: %w", err)
 		}

@@ -32,7 +32,7 @@ func (s *System) CreateVM() (*VM, error) {
 	vm := &VM{sys: s, fd: int(fd)}
 	if s.Check(CapSetIdentityMapAddr) != 0 {
 		addr := uint64(identityAddr)
-		if _, err := ioctl(vm.fd, ioSetIdentityMapAddr, uintptr(unsafe.Pointer(&addr))); err != nil {
+		if _, err := ioctlAt(vm.fd, ioSetIdentityMapAddr, unsafe.Pointer(&addr)); err != nil {
 			vm.Close()
 			return nil, fmt.Errorf("kvm: set identity map address: %w", err)
 		}
@@ -59,7 +59,7 @@ func (vm *VM) SetMemory(slot uint32, gpa uint64, b []byte, flags uint32) error {
 		Slot: slot, Flags: flags, GuestPhysAddr: gpa,
 		MemorySize: uint64(len(b)), UserspaceAddr: uint64(uintptr(unsafe.Pointer(unsafe.SliceData(b)))),
 	}
-	if _, err := ioctl(vm.fd, ioSetUserMemoryRegion, uintptr(unsafe.Pointer(&r))); err != nil {
+	if _, err := ioctlAt(vm.fd, ioSetUserMemoryRegion, unsafe.Pointer(&r)); err != nil {
 		return fmt.Errorf("kvm: memory slot %d at %#x, %d bytes: %w", slot, gpa, len(b), err)
 	}
 	return nil
@@ -73,7 +73,7 @@ func (vm *VM) DirtyLog(slot uint32, bitmap []uint64) error {
 		bitmap  *uint64
 	}
 	log.slot, log.bitmap = slot, unsafe.SliceData(bitmap)
-	if _, err := ioctl(vm.fd, ioGetDirtyLog, uintptr(unsafe.Pointer(&log))); err != nil {
+	if _, err := ioctlAt(vm.fd, ioGetDirtyLog, unsafe.Pointer(&log)); err != nil {
 		return fmt.Errorf("kvm: dirty log of slot %d: %w", slot, err)
 	}
 	return nil
@@ -121,7 +121,7 @@ const (
 func (vm *VM) FilterMSRs(allow []uint32) error {
 	c := enableCap{cap: CapX86UserSpaceMSR}
 	c.args[0] = msrReasonInvalid | msrReasonUnknown | msrReasonFilter
-	if _, err := ioctl(vm.fd, ioEnableCap, uintptr(unsafe.Pointer(&c))); err != nil {
+	if _, err := ioctlAt(vm.fd, ioEnableCap, unsafe.Pointer(&c)); err != nil {
 		return fmt.Errorf("kvm: send MSR accesses to user space: %w", err)
 	}
 	bases := [...]uint32{msrRangeLow, msrRangeExtended, msrRangeAMD}
@@ -140,7 +140,7 @@ next:
 		}
 		return fmt.Errorf("kvm: MSR %#x lies outside the ranges of the filter", m)
 	}
-	if _, err := ioctl(vm.fd, ioSetMSRFilter, uintptr(unsafe.Pointer(f))); err != nil {
+	if _, err := ioctlAt(vm.fd, ioSetMSRFilter, unsafe.Pointer(f)); err != nil {
 		return fmt.Errorf("kvm: set MSR filter: %w", err)
 	}
 	return nil
