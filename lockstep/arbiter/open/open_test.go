@@ -91,15 +91,15 @@ func TestOpeningWhatIsNotThere(t *testing.T) {
 }
 
 // kinds are the arbiters that must behave alike. Each makes one with an empty record and returns how it is opened.
-var kinds = map[string]func(*testing.T) string{
-	"file": func(t *testing.T) string { return "file:" + t.TempDir() },
-	"etcd": func(t *testing.T) string {
+var kinds = map[string]func(testing.TB) string{
+	"file": func(t testing.TB) string { return "file:" + t.TempDir() },
+	"etcd": func(t testing.TB) string {
 		w, err := witness.Start(t.Context(), witness.Config{Data: t.TempDir(), Listen: "127.0.0.1:0", Insecure: true})
 		require.NoError(t, err)
 		t.Cleanup(func() { require.NoError(t, w.Close()) })
 		return "etcd:" + w.Addr().String()
 	},
-	"etcd with keys": func(t *testing.T) string {
+	"etcd with keys": func(t testing.TB) string {
 		dir := t.TempDir()
 		keys, pair := filepath.Join(dir, "keys"), filepath.Join(dir, "db")
 		require.NoError(t, witness.Init(keys, []string{"127.0.0.1"}))
@@ -242,4 +242,27 @@ func TestOneOfManyWinsEachEpoch(t *testing.T) {
 			require.Equal(t, []uint64{seen[e]}, w, "epoch %d", e)
 		}
 	})
+}
+
+func BenchmarkArbiter(b *testing.B) {
+	for name, make := range kinds {
+		a, closer, err := open.Arbiter(make(b), "db")
+		require.NoError(b, err)
+		defer closer.Close()
+		epoch := uint64(0)
+		b.Run(name+"/swap", func(b *testing.B) {
+			for b.Loop() {
+				epoch++
+				ok, _, err := a.Swap(b.Context(), solo(epoch, protocol.A, 1))
+				require.NoError(b, err)
+				require.True(b, ok)
+			}
+		})
+		b.Run(name+"/read", func(b *testing.B) {
+			for b.Loop() {
+				_, err := a.Read(b.Context())
+				require.NoError(b, err)
+			}
+		})
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync/atomic"
 
 	"go.uber.org/zap/zapcore"
@@ -33,9 +34,13 @@ func (c core) With(fields []zapcore.Field) zapcore.Core {
 	return core{c.log.With(attrs(fields)...), c.ready}
 }
 
+// harmless are messages of etcd about new data: for a moment there is no term of Raft in its database. It looks again
+// a few seconds later, and what it looks for matters to those only who go back to an older etcd.
+var harmless = []string{"Failed to detect schema version", "failed to update storage version"}
+
 // Check adds the core to those that write an entry.
 func (c core) Check(e zapcore.Entry, to *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	if c.Enabled(e.Level) {
+	if c.Enabled(e.Level) && !slices.Contains(harmless, e.Message) {
 		return to.AddCore(e, c)
 	}
 	return to

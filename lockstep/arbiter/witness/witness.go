@@ -1,7 +1,7 @@
 // Package witness is the third machine of a pair: an etcd of one member, in this process, that keeps
 // the records of any number of pairs.
 //
-// It runs no guest and needs next to nothing: some megabytes of disk, and a network to both hosts that does
+// It runs no guest and needs next to nothing: some megabytes of disk and of memory, and a network to both hosts that does
 // not fail together with the link between them. It may be away for a while: pairs run on, and only a side that
 // must decide waits for it.
 //
@@ -31,6 +31,7 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc"
+	"go.etcd.io/etcd/server/v3/storage/wal"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -51,6 +52,7 @@ const (
 	maxBackend     = 64 << 20 // bytes of etcd's database (its quota)
 	keptRevisions  = "1000"   // of old records, which nobody reads
 	snapshotCount  = 1000     // changes between two snapshots of the write-ahead log
+	segment        = 4 << 20  // bytes of a file of that log, two of which are made in advance
 )
 
 const (
@@ -64,6 +66,9 @@ const (
 	// grantsEvery is how often the list of grants is looked at.
 	grantsEvery = 500 * time.Millisecond
 )
+
+// etcd's own size is for clusters that are busy; it has no other setting for it.
+func init() { wal.SegmentSizeBytes = segment }
 
 // Config says how a witness runs.
 type Config struct {
