@@ -154,7 +154,7 @@ var catalog = [...]Message{
 	{LinkDead, "FTV-0125", Error, "Nothing has been heard over the link for too long.", "Look at the other host and at the link."},
 	{LinkAlive, "FTV-0126", Good, "The other side is heard again.", ""},
 	{LinkStarved, "FTV-0127", Warning, "This process did not get any processor time.", "Give it more: the pair cannot tell a starved host from a dead one for ever."},
-	{LinkDown, "FTV-0128", Warning, "The link's session is over.", ""},
+	{LinkDown, "FTV-0128", Warning, "The link's session is over.", "Look at the other host and at the link if it does not come back."},
 }
 
 // Catalog returns every kind of event, in order of ID.
