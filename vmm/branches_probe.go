@@ -123,6 +123,8 @@ func probeBranches(device string) error {
 		return fmt.Errorf("counting what a guest's kernel does takes CAP_PERFMON or kernel.perf_event_paranoid = 1: %w", err)
 	case errors.Is(err, kvm.ErrCountLost):
 		return fmt.Errorf("all counters are in use (kernel.nmi_watchdog = 0 frees one): %w", err)
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("the kernel does not count guest code now: a virtual machine on this host may own the PMU (kvm.enable_mediated_pmu): %w", err)
 	case err != nil:
 		return fmt.Errorf("no hardware counter for guest code (in a virtual machine: its host gives it no PMU): %w", err)
 	}
@@ -289,6 +291,9 @@ func (g *probeGuest) open(device string, code []byte) (err error) {
 		return err
 	}
 	if g.vm, err = g.sys.CreateVM(); err != nil {
+		return err
+	}
+	if err = g.vm.DisablePMU(); err != nil {
 		return err
 	}
 	if g.mem, err = memory.New(memory.Extent{Base: 0, Size: probeMemory}); err != nil {

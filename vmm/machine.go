@@ -208,6 +208,9 @@ func (m *Machine) build() error {
 	if m.vm, err = m.sys.CreateVM(); err != nil {
 		return err
 	}
+	if err := m.vm.DisablePMU(); err != nil {
+		return err
+	}
 	// Before the memory slots: each of them begins a grace period in the kernel (SRCU), and
 	// the filter would wait for the next one, which takes 12 ms.
 	if err := m.vm.FilterMSRs(kernelMSRs); err != nil {

@@ -117,6 +117,26 @@ func (p *PerfEvent) SetPeriod(n uint64) error {
 // Close frees the counter.
 func (p *PerfEvent) Close() error { return unix.Close(p.fd) }
 
+// CapPMUCapability is KVM_CAP_PMU_CAPABILITY.
+const CapPMUCapability = 212
+
+const pmuDisable = 1 // KVM_PMU_CAP_DISABLE
+
+// DisablePMU takes the virtual performance counters from a machine that has no vCPUs yet, where KVM can. They are hidden from
+// our guests in any case; but a kernel that lends the processor's own counters to guests (the mediated PMU) refuses to count guest
+// events for the host as long as there is a machine with them.
+func (vm *VM) DisablePMU() error {
+	if vm.sys.Check(CapPMUCapability)&pmuDisable == 0 {
+		return nil
+	}
+	c := enableCap{cap: CapPMUCapability}
+	c.args[0] = pmuDisable
+	if _, err := ioctl(vm.fd, ioEnableCap, uintptr(unsafe.Pointer(&c))); err != nil {
+		return fmt.Errorf("kvm: disable the virtual PMU: %w", err)
+	}
+	return nil
+}
+
 // DebugExit is the union's part for [ExitDebug] (struct kvm_debug_exit_arch).
 type DebugExit struct {
 	Exception uint32 // the vector: 1 for #DB, 3 for #BP

@@ -52,6 +52,8 @@ func TestPerfAndTSCLayoutsMatchTheHeaders(t *testing.T) {
 		"offsetof(struct kvm_device_attr, group)":   unsafe.Offsetof(a.group),
 		"offsetof(struct kvm_device_attr, attr)":    unsafe.Offsetof(a.attr),
 		"offsetof(struct kvm_device_attr, addr)":    unsafe.Offsetof(a.addr),
+		"KVM_CAP_PMU_CAPABILITY":                    CapPMUCapability,
+		"KVM_PMU_CAP_DISABLE":                       pmuDisable,
 		"KVM_SET_TSC_KHZ":                           ioSetTSCKHz,
 		"KVM_GET_TSC_KHZ":                           ioGetTSCKHz,
 		"KVM_SET_DEVICE_ATTR":                       ioSetDeviceAttr,
