@@ -19,7 +19,7 @@ import (
 // Leaving a breakpoint. The trap flag would be seen by the guest: PUSHF, SYSCALL and the frames of
 // exceptions copy it. The resume flag is not: with RF set an instruction breakpoint does not fire, the processor clears RF at
 // the start of the instruction, before anything can read it, and PUSHF never shows it (Intel SDM vol. 3 §18.3.1.1, vol. 2 PUSHF; AMD
-// APM vol. 2 §13.1.1.4). A fault's frame has RF set anyway. Only an external interrupt that is taken before the
+// APM vol. 2 §3.1.6). A fault's frame has RF set anyway. Only an external interrupt that is taken before the
 // instruction would save it, and none is on its way at a breakpoint: nobody injects one during a landing. RF must be
 // set by hand: a fault at an instruction breakpoint is the one fault that leaves it clear, and KVM does not set it.
 // KVM's own emulator ignores RF for such breakpoints (there the limit of hits ends the landing), but what KVM emulates on

@@ -267,7 +267,7 @@ func (h *branchCPU) State() (s branchState, err error) {
 	return s, nil
 }
 
-// linearRIP returns the linear address of the next instruction (Intel SDM vol. 3 §3.4.2.1: 64-bit code has no base).
+// linearRIP returns the linear address of the next instruction (Intel SDM vol. 3 §3.4.1: 64-bit code has no base).
 func linearRIP(r *kvm.Regs, s *kvm.Sregs) uint64 {
 	if s.EFER&eferLMA != 0 && s.CS.L != 0 {
 		return r.RIP

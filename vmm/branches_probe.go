@@ -53,7 +53,7 @@ type branchProbe struct {
 
 // probeOf returns a probe with segments that are long against the skid.
 func probeOf(e branchEvents) branchProbe {
-	p := branchProbe{outer: 20, inner: uint32(4 * e.skid)}
+	p := branchProbe{outer: 100, inner: uint32(4 * e.skid)}
 	p.want = uint64(p.outer)*uint64(p.inner) + uint64(p.outer)
 	return p
 }

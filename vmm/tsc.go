@@ -22,7 +22,7 @@ import (
 //
 // What the guest reads moves by Set alone, at stops, by virtual time.
 
-// Fraction bits of the ratio (Intel SDM vol. 3 §26.6.5, "TSC multiplier"; AMD APM vol. 2 §15.30.5, TSC_RATIO).
+// Fraction bits of the ratio (Intel SDM vol. 3 §25.6.5, "TSC multiplier"; AMD APM vol. 2 §15.30.5, TSC_RATIO).
 const (
 	vmxTSCFraction = 48
 	svmTSCFraction = 32
