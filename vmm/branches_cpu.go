@@ -150,10 +150,24 @@ type branchCPU struct {
 	vcpu   *kvm.VCPU
 	run    *kvm.Run
 	events branchEvents
-	event  *kvm.PerfEvent
+	open   func(code uint64) (branchEvent, error)
+	event  branchEvent
 	tid    int
 	lost   bool // the event does not count any more
 	timer  *threadTimer
+}
+
+// branchEvent is a [kvm.PerfEvent].
+type branchEvent interface {
+	Value() (uint64, error)
+	SetPeriod(n uint64) error
+	Close() error
+}
+
+func openBranchEvent(code uint64) (branchEvent, error) { return kvm.OpenGuestEvent(code, kickSignal) }
+
+func newBranchCPU(vcpu *kvm.VCPU, e branchEvents) *branchCPU {
+	return &branchCPU{vcpu: vcpu, run: vcpu.RunPage(), events: e, open: openBranchEvent}
 }
 
 func newBranches(vcpu *kvm.VCPU) (*branches, error) {
@@ -168,14 +182,14 @@ func newBranches(vcpu *kvm.VCPU) (*branches, error) {
 	if err := tryEvent(e.branches); err != nil {
 		return nil, err
 	}
-	return &branches{hw: &branchCPU{vcpu: vcpu, run: vcpu.RunPage(), events: e}}, nil
+	return &branches{hw: newBranchCPU(vcpu, e)}, nil
 }
 
 // tryEvent says whether this host and this user can count the event.
 func tryEvent(code uint64) error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	event, err := kvm.OpenGuestEvent(code, kickSignal)
+	event, err := openBranchEvent(code)
 	if err != nil {
 		return err
 	}
@@ -211,10 +225,11 @@ func (h *branchCPU) attach() error {
 	if h.timer, err = newThreadTimer(); err != nil {
 		return err
 	}
-	if h.event, err = kvm.OpenGuestEvent(h.events.branches, kickSignal); err != nil {
+	event, err := h.open(h.events.branches)
+	if err != nil {
 		return fmt.Errorf("%w: %w", errNoCount, err)
 	}
-	h.lost = false
+	h.event, h.lost = event, false
 	if moved {
 		return errNoCount
 	}

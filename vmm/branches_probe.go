@@ -138,7 +138,7 @@ func probeBranches(device string) error {
 	if err := g.noSpecLocks(events); err != nil {
 		return err
 	}
-	return tryBranches(&branches{hw: &branchCPU{vcpu: g.vcpu, run: g.vcpu.RunPage(), events: events}}, g, probeOf(events))
+	return tryBranches(&branches{hw: newBranchCPU(g.vcpu, events)}, g, probeOf(events))
 }
 
 // noSpecLocks runs the probe and counts what spoils the count of branches.
@@ -146,7 +146,7 @@ func (g *probeGuest) noSpecLocks(events branchEvents) error {
 	if events.specLocks == 0 {
 		return nil
 	}
-	bad, err := kvm.OpenGuestEvent(events.specLocks, kickSignal)
+	bad, err := openBranchEvent(events.specLocks)
 	if err != nil {
 		return fmt.Errorf("count speculative locks: %w", err)
 	}

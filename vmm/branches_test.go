@@ -703,3 +703,71 @@ func TestAMachineCountsBranchesOrRefuses(t *testing.T) {
 	require.Error(t, err)
 	t.Log(err)
 }
+
+// testEvent stands in for the perf event of a thread.
+type testEvent struct {
+	value  uint64
+	err    error
+	closed bool
+}
+
+func (e *testEvent) Value() (uint64, error)   { return e.value, e.err }
+func (e *testEvent) SetPeriod(n uint64) error { return nil }
+func (e *testEvent) Close() error             { e.closed = true; return nil }
+
+// A counter belongs to the thread that it was opened on: on another one stops have no names until the next exit. One that the kernel has taken
+// away, or does not give, names nothing any more, and the machine goes on.
+func TestACountBelongsToItsThread(t *testing.T) {
+	// on runs a function on a thread of its own.
+	on := func(f func()) {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			runtime.LockOSThread() // and not unlocked: the thread ends with the goroutine
+			f()
+		}()
+		<-done
+	}
+	var opened []*testEvent
+	var refuse error
+	h := &branchCPU{open: func(code uint64) (branchEvent, error) {
+		require.EqualValues(t, zenBranches, code)
+		if refuse != nil {
+			return nil, refuse
+		}
+		opened = append(opened, &testEvent{value: 1000 * uint64(len(opened))})
+		return opened[len(opened)-1], nil
+	}, events: branchEvents{branches: zenBranches, skid: zenSkid}}
+	c := &branches{hw: h}
+	named := func() bool {
+		_, err := c.count()
+		if err != nil {
+			require.ErrorIs(t, err, errNoCount)
+		}
+		return err == nil
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	require.False(t, named(), "no exit yet")
+	require.NoError(t, c.Restart())
+	require.True(t, named())
+	on(func() {
+		require.False(t, named(), "another thread")
+		require.True(t, opened[0].closed)
+		require.NoError(t, c.Restart())
+		require.True(t, named(), "after its next exit")
+		n, err := c.count()
+		require.NoError(t, err)
+		require.Zero(t, n)
+		opened[1].err = fmt.Errorf("test: %w", kvm.ErrCountLost)
+		require.False(t, named())
+		opened[1].err = nil
+		require.NoError(t, c.Restart())
+		require.False(t, named(), "what was missed is not made good")
+	})
+	refuse = kvm.ErrFeature
+	require.NoError(t, c.Restart())
+	require.False(t, named())
+	require.NoError(t, c.Close())
+	require.True(t, opened[1].closed)
+}
