@@ -220,6 +220,27 @@ func (m *Machine) Fingerprint() Fingerprint { return m.fingerprint() }
 // State returns the state of a machine that does not run.
 func (m *Machine) State() (*State, error) { return m.state() }
 
+// Differs says how two states differ, nil if they do not: the registers of the vCPU, or the first device.
+func (s *State) Differs(t *State) error {
+	if a, b := fmt.Sprintf("%+v", s.CPU), fmt.Sprintf("%+v", t.CPU); a != b {
+		i := 0
+		for i < min(len(a), len(b)) && a[i] == b[i] {
+			i++
+		}
+		from := max(0, i-80)
+		return fmt.Errorf("vmm: the vCPUs differ: …%.160s, the other …%.160s", a[from:], b[from:])
+	}
+	for i := range s.Components {
+		if i >= len(t.Components) || !bytes.Equal(s.Components[i].Data, t.Components[i].Data) {
+			return fmt.Errorf("vmm: %s differs", s.Components[i].Name)
+		}
+	}
+	if s.Position != t.Position || s.Halted != t.Halted || s.NMI != t.NMI {
+		return fmt.Errorf("vmm: position %v, halted %v, NMI %v; the other %v, %v, %v", s.Position, s.Halted, s.NMI, t.Position, t.Halted, t.NMI)
+	}
+	return nil
+}
+
 // Match says how a machine with the fingerprint f differs from one with s.
 func (f Fingerprint) Match(s Fingerprint) error { return f.match(s) }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/fxamacker/cbor/v2"
+	"github.com/zeebo/xxh3"
 
 	"github.com/ftvmm/ftvmm/devices/virtio/blk"
 	"github.com/ftvmm/ftvmm/devices/virtio/net"
@@ -39,6 +40,8 @@ type cutState struct {
 	Machine  []byte // vmm.State
 	Learners []announce.State
 	Writes   [][]byte // chunks of extents
+	// Memory is a hash of all memory, with Options.VerifyCuts; State one of Machine.
+	Memory *pages.Sum
 }
 
 // cutBuffer is what a primary keeps of a cut until the backup has it: the pages as they were.
@@ -59,6 +62,7 @@ func (b *cutBuffer) page(pfn uint64) []byte {
 // staged is a cut that a backup is receiving.
 type staged struct {
 	machine  *vmm.State
+	memory   *pages.Sum
 	learners []announce.State
 	writes   [][]byte
 	pages    map[uint64][]byte
@@ -130,6 +134,38 @@ func (p *Pair) all(f func(i int, pfn uint64) error) error {
 		}
 	}
 	return nil
+}
+
+// whole hashes all memory. On the vCPU loop.
+func (p *Pair) whole() pages.Sum {
+	var list []byte
+	_ = p.all(func(_ int, pfn uint64) error {
+		s := pages.Hash(p.page(pfn))
+		list = binary.LittleEndian.AppendUint64(list, s.Hi)
+		list = binary.LittleEndian.AppendUint64(list, s.Lo)
+		return nil
+	})
+	h := xxh3.Hash128(list)
+	return pages.Sum{Hi: h.Hi, Lo: h.Lo}
+}
+
+// verify compares what a cut has made with what it should have made. On the vCPU loop.
+func (p *Pair) verify(st *staged) error {
+	if st.memory == nil {
+		return nil
+	}
+	if sum := p.whole(); sum != *st.memory {
+		return fmt.Errorf("pair: after a cut memory has the hash %v, the primary's %v", sum, *st.memory)
+	}
+	state, err := p.m.EncodeState()
+	if err != nil {
+		return err
+	}
+	mine, err := p.m.DecodeState(state)
+	if err != nil {
+		return err
+	}
+	return mine.Differs(st.machine)
 }
 
 // takeDirty adds to p.dirty what was written since the last call. On the vCPU loop.
@@ -385,6 +421,10 @@ func (p *Pair) cut(gen uint64, a protocol.TakeCut, peer *pages.Set) error {
 	s := cutState{Machine: state}
 	for _, l := range w.learner {
 		s.Learners = append(s.Learners, l.Save())
+	}
+	if p.opts.VerifyCuts {
+		sum := p.whole()
+		s.Memory = &sum
 	}
 	w.logging.Store(true)
 	pause := time.Since(began)
@@ -697,7 +737,7 @@ func (p *Pair) stage(data []byte) {
 			}
 			i++
 		}
-		st := &staged{machine: state, learners: s.Learners, writes: s.Writes, pages: make(map[uint64][]byte, want.Len())}
+		st := &staged{machine: state, memory: s.Memory, learners: s.Learners, writes: s.Writes, pages: make(map[uint64][]byte, want.Len())}
 		p.post(func() {
 			if p.gen.Load() == gen {
 				p.staged = st
@@ -763,6 +803,9 @@ func (p *Pair) apply() {
 			})
 			w.reissuing = false
 			if err != nil {
+				return err
+			}
+			if err := p.verify(st); err != nil {
 				return err
 			}
 			w.exitSent = st.machine.Exit != nil

@@ -62,6 +62,8 @@ type Options struct {
 	Interval time.Duration
 	// StaleMark is the path of a file that is there while this side's disks are not a whole copy; "" keeps no mark.
 	StaleMark string
+	// VerifyCuts has the backup compare all memory and state after each cut, while both guests stand: slow, for tests.
+	VerifyCuts bool
 	// Tune changes the protocol's bounds and times, for tests.
 	Tune func(*protocol.Config)
 	// Event is told what happens, from goroutines of the pair; it must not block. nil: nobody.
@@ -170,7 +172,10 @@ func New(cfg *vmm.Config, o Options) (*Pair, error) {
 		}
 	}
 	w.failed = p.fail
-	w.diverge = func(what string) { p.event("divergence-found", map[string]any{"what": what}) }
+	w.diverge = func(what string) {
+		p.event("divergence-found", map[string]any{"what": what})
+		p.showExits()
+	}
 	for _, n := range cfg.NICs {
 		w.learner = append(w.learner, announce.New(n.MAC))
 	}
@@ -541,6 +546,17 @@ func (p *Pair) tellEvent(e protocol.Event) {
 		p.since = now
 	}
 	p.event("pair-"+string(e.Kind), fields)
+	if e.Kind == protocol.EventDivergence {
+		p.showExits()
+	}
+}
+
+// showExits writes the last exits to the log, on both sides of a divergence: the first whose digests differ is where
+// they parted.
+func (p *Pair) showExits() {
+	for _, x := range p.world.recent.list() {
+		p.log.Info("exit", "at", x)
+	}
 }
 
 // release lets an output leave.

@@ -108,6 +108,8 @@ type world struct {
 	cutAsked  bool
 	timer     *time.Timer
 
+	recent recent
+
 	// The ring.
 	mu     sync.Mutex
 	ring   []event
@@ -677,6 +679,9 @@ func (w *world) Ended(e vmm.Exit) bool {
 	}
 	if !w.exitSent {
 		w.exitSent = true
+		if w.is(following) && w.more() {
+			w.differs(fmt.Sprintf("the guest has ended (%s, code %d, %s), and the log goes on", e.Reason, e.Code, e.Detail))
+		}
 		b, _ := json.Marshal(e)
 		w.output(outExit, 0, b)
 	}
@@ -693,6 +698,13 @@ func (w *world) Ended(e vmm.Exit) bool {
 	return w.ended.Load() && !w.m.Fresh()
 }
 
+// more says whether the log goes on after the present stop.
+func (w *world) more() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.peek() != nil || w.hasLimit && point(w.cur).Before(w.limit)
+}
+
 // --- vmm.OutputSink -----------------------------------------------------------------------------
 
 // observe folds an exit into the digest.
@@ -702,6 +714,7 @@ func (w *world) observe(e *vmm.ExitRecord) {
 	}
 	w.at(e.Pos)
 	w.sum.Exit(e)
+	w.recent.add(e, w.sum.Sum())
 }
 
 // Kinds of output.

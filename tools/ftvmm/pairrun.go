@@ -30,6 +30,7 @@ type pairFlags struct {
 	engine  string
 	tsc     string
 	log     string
+	verify  bool
 }
 
 // Choices of the flags.
@@ -46,6 +47,7 @@ func (f *pairFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.engine, "engine", engineAuto, "how the other side follows: lockstep, checkpoint or auto")
 	flags.StringVar(&f.commit, "commit", "auto", "when an output may leave: executed, received or auto")
 	flags.StringVar(&f.tsc, "guest-tsc", tscAuto, "unused says that the guest does not use RDTSC to tell time, or lets it be; auto takes no chances")
+	flags.BoolVar(&f.verify, "verify-cuts", false, "compare all memory and state after each copy, for debugging: the guest stands meanwhile")
 	flags.StringVar(&f.log, "pair-log", "", "write what the pair does to this `file`, for debugging")
 }
 
@@ -162,7 +164,7 @@ func (f *pairFlags) open(g *config.Guest, cfg *vmm.Config, events *event.Emitter
 	cfg.Counter = counter
 	s.Pair, err = pair.New(cfg, pair.Options{
 		Keys: keys, Listen: f.listen, Peer: f.peer, Arbiter: a, Commit: commit, Taint: f.tsc != tscUnused,
-		StaleMark: filepath.Join(f.keys, "disks-not-whole"), Log: logger,
+		VerifyCuts: f.verify, StaleMark: filepath.Join(f.keys, "disks-not-whole"), Log: logger,
 		Event: func(name string, fields map[string]any) { events.Emit(event.Kind(name), fields) },
 	})
 	return s, err
