@@ -36,10 +36,13 @@ const (
 
 	// lingerTime is how long an entry is put off for the answer to a frame: some more than the way to
 	// a program on this host and back.
-	lingerTime = 40 * time.Microsecond
-	// maxLingerMisses bounds how rarely lingering is tried where answers do not come in time: after
+	lingerTime = 60 * time.Microsecond
+	// haltTime is how long a halted guest's thread looks for inputs before it sleeps: about what
+	// it takes to wake it.
+	haltTime = 40 * time.Microsecond
+	// maxMisses bounds how rarely either is tried where nothing comes in time: after
 	// n misses in a row it is left out 2^n times.
-	maxLingerMisses = 8
+	maxMisses = 8
 )
 
 // Live connects a guest to the present: it is the input source and output sink of a guest
@@ -68,9 +71,9 @@ type Live struct {
 	armed    int64
 	timerDue atomic.Bool
 
-	sent         atomic.Bool // a frame has left since the last entry
-	lingerSkip   int         // transmissions that do not linger
-	lingerMisses int         // answers in a row that did not come in time
+	sent    atomic.Bool // a frame has left since the last entry
+	answers polling     // after a frame
+	halts   polling     // in a HLT
 
 	mu     sync.Mutex
 	room   sync.Cond // signalled when the queue shrinks or the source closes
@@ -212,12 +215,17 @@ func (l *Live) Anywhere() bool { return true }
 func (l *Live) EveryStop() bool { return l.leftover }
 
 // Arm sets the host's timer for the guest's next deadline. Moving a deadline back is
-// common and costs nothing here: the timer then expires early and is set again. The
-// guest is about to be entered: this is the time to linger.
+// common and costs nothing here: the timer then expires early and is set again.
+//
+// The guest is about to be entered. If it has just sent something, Arm waits a moment for the
+// answer. A program on this host that makes one request after another is answered and asks again within
+// some ten microseconds. If the guest is entered before that, it finds nothing to do, arms its
+// interrupt and goes to sleep, and must be stopped on its way; else it finds the next request when it
+// looks for more.
 func (l *Live) Arm(next int64) {
 	if l.sent.Load() {
 		l.sent.Store(false)
-		l.linger()
+		l.answers.wait(l.bell, lingerTime)
 	}
 	if next >= l.armed || next == devices.Never {
 		return
@@ -226,23 +234,27 @@ func (l *Live) Arm(next int64) {
 	l.setTimer(time.Duration(next - l.now()))
 }
 
-// linger waits a moment for the answer to what the guest has just sent. A program on this host that
-// makes one request after another is answered and asks again within some ten microseconds. If the
-// guest is entered before that, it finds nothing to do, arms its interrupt and goes to sleep, and must be
-// stopped on its way; else it finds the next request when it looks for more.
-func (l *Live) linger() {
-	if l.lingerSkip > 0 {
-		l.lingerSkip--
-		return
+// polling waits for the bell without sleeping, as long as that pays.
+type polling struct {
+	misses int // waits in a row in which it did not ring
+	skip   int // waits to leave out
+}
+
+// wait returns when the bell has rung, or after d at the latest. It returns whether it has rung.
+func (p *polling) wait(b *Bell, d time.Duration) bool {
+	if p.skip > 0 {
+		p.skip--
+		return b.Rung()
 	}
-	for began := time.Now(); !l.bell.Rung(); {
-		if time.Since(began) >= lingerTime {
-			l.lingerMisses = min(l.lingerMisses+1, maxLingerMisses)
-			l.lingerSkip = 1 << l.lingerMisses
-			return
+	for began := time.Now(); !b.Rung(); {
+		if time.Since(began) >= d {
+			p.misses = min(p.misses+1, maxMisses)
+			p.skip = 1 << p.misses
+			return false
 		}
 	}
-	l.lingerMisses = 0
+	p.misses = 0
+	return true
 }
 
 // Take returns what the backends have posted, and the time if a timer is due.
@@ -318,8 +330,11 @@ func (l *Live) Applied(inputs []Input) {
 	}
 }
 
-// Wait sleeps until the bell rings or the deadline passes.
+// Wait returns when the bell has rung or the deadline has passed.
 func (l *Live) Wait(_ Position, next int64) {
+	if (next == devices.Never || next-l.now() > int64(haltTime)) && l.halts.wait(l.bell, haltTime) {
+		return
+	}
 	if next == devices.Never {
 		l.bell.Sleep(-1)
 		return

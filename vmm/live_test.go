@@ -21,34 +21,31 @@ func TestLingeringIsForAnswersThatCome(t *testing.T) {
 	require.NoError(t, err)
 	l.bell = &Bell{}
 	defer l.Close()
-	// lingered sends and enters, and tells whether the entry was put off.
-	lingered := func() bool {
-		skip := l.lingerSkip
-		l.Frame(0, nil)
-		l.Arm(devices.Never)
-		require.False(t, l.sent.Load())
-		return skip == 0
-	}
+	p := &l.answers
+	// lingers sends and enters n times and returns how often the entry was put off.
 	lingers := func(n int) (count int) {
 		for range n {
-			if lingered() {
+			if p.skip == 0 {
 				count++
 			}
+			l.Frame(0, nil)
+			l.Arm(devices.Never)
+			require.False(t, l.sent.Load())
 		}
 		return count
 	}
-	require.Equal(t, maxLingerMisses, lingers(maxLingerMisses+2+4+8+16+32+64+128), "no answers")
-	require.Equal(t, 1<<maxLingerMisses, l.lingerSkip)
-	require.Zero(t, lingers(1<<maxLingerMisses))
+	require.Equal(t, maxMisses, lingers(maxMisses+2+4+8+16+32+64+128), "no answers")
+	require.Equal(t, 1<<maxMisses, p.skip)
+	require.Zero(t, lingers(1<<maxMisses))
 	require.Equal(t, 1, lingers(1))
-	require.Equal(t, 1<<maxLingerMisses, l.lingerSkip, "no rarer than that")
+	require.Equal(t, 1<<maxMisses, p.skip, "no rarer than that")
 
-	l.lingerSkip = 0
+	p.skip = 0
 	l.bell.Ring()
 	require.Equal(t, 10, lingers(10), "answers have come")
 	l.bell.answer()
 	require.Equal(t, 1, lingers(3), "an answer that does not come begins anew")
 
 	l.Arm(devices.Never)
-	require.Zero(t, l.lingerSkip, "nothing was sent, nothing is due")
+	require.Zero(t, p.skip, "nothing was sent, nothing is due")
 }
