@@ -315,7 +315,7 @@ func (m *Machine) land(to Stop) (err error) {
 		}
 		there, err := m.counter.Approach(to)
 		m.bell.left()
-		m.incomplete = false
+		m.incomplete, m.dangling = false, false
 		m.syncTPR()
 		if err != nil {
 			return fmt.Errorf("%w (after %v)", err, m.pos)

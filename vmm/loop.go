@@ -201,6 +201,7 @@ func (m *Machine) left(errno unix.Errno) error {
 	switch errno {
 	case 0:
 	case unix.EINTR:
+		m.dangling = false
 		// A signal or our own immediate exit: the exit before is complete, nothing else has
 		// happened, and nothing is counted.
 		m.run.SetImmediateExit(false)
@@ -214,7 +215,7 @@ func (m *Machine) left(errno unix.Errno) error {
 	}
 	switch m.run.ExitReason {
 	case kvm.ExitIRQWindowOpen, kvm.ExitIntr, kvm.ExitDebug:
-		m.incomplete = false
+		m.incomplete, m.dangling = false, false
 		m.stats.Windows++
 		if err := m.opened(); err != nil {
 			return err
@@ -225,7 +226,7 @@ func (m *Machine) left(errno unix.Errno) error {
 		return nil
 	}
 	m.pos = Position{Exit: m.pos.Exit + 1}
-	m.named, m.noWindow = true, false
+	m.named, m.noWindow, m.dangling = true, false, true
 	m.stats.Exits++
 	if m.counter != nil {
 		if err := m.counter.Restart(); err != nil {

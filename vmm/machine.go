@@ -143,6 +143,7 @@ type Machine struct {
 	record       ExitRecord // lent to Config.Observe
 	pos          Position
 	incomplete   bool // the last exit's instruction is not complete
+	dangling     bool // KVM may wait for the result of the last exit
 	halted       bool // in a HLT
 	nmi          bool // an NMI is to be injected
 	inputsRung   bool // inputs may wait for the next synchronous exit

@@ -155,10 +155,14 @@ func (m *Machine) Replace(s *State, write func() error) error {
 // letting it do anything. KVM has no call for that; the instruction is finished in an address space in which nothing is
 // mapped, so that whatever it still wants to store faults. Registers, events and all else are overwritten afterwards.
 func (m *Machine) abandon() error {
+	if !m.dangling {
+		return nil
+	}
 	s, err := m.vcpu.Sregs()
 	if err != nil {
 		return err
 	}
+	before := s
 	s.CR3 = mmioLAPIC // no memory: the page walk finds nothing present
 	if s.EFER&eferLMA == 0 {
 		s.CR0 |= cr0PE | cr0PG
@@ -174,8 +178,9 @@ func (m *Machine) abandon() error {
 		m.run.SetImmediateExit(false)
 		switch {
 		case errno == unix.EINTR || errno == unix.EAGAIN:
-			m.incomplete = false
-			return nil
+			m.incomplete, m.dangling = false, false
+			// KVM switches to long mode only where paging is switched on, too.
+			return m.vcpu.SetSregs(&before)
 		case errno != 0:
 			return fmt.Errorf("vmm: abandon an instruction: %w", errno)
 		case i == maxCompletions:
