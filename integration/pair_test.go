@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -59,6 +60,12 @@ func newTwins(t *testing.T, o twins.Options) *twins.Twins {
 				t.Logf("  console: %s", b)
 				b, _ = os.ReadFile(filepath.Join(o.Dir, "stderr-"+twins.Sides[i]))
 				t.Logf("  stderr: %s", b)
+				b, _ = os.ReadFile(p.Log(i))
+				for line := range strings.Lines(string(b)) {
+					if strings.Contains(line, "msg=exit") {
+						t.Logf("  %s", line)
+					}
+				}
 			}
 		}
 	})
@@ -123,6 +130,19 @@ func (l *load) took() (time.Duration, int) {
 	return gap, len(l.answers)
 }
 
+// after waits for ten more answers.
+func (l *load) after(t *testing.T) (time.Duration, int) {
+	_, before := l.took2()
+	require.Eventually(t, func() bool { _, n := l.took2(); return n >= before+10 }, patience, time.Millisecond, "the ledger does not answer")
+	return l.took()
+}
+
+func (l *load) took2() (time.Duration, int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.gap, len(l.answers)
+}
+
 func (l *load) stop(t *testing.T) []ledger.Answer {
 	l.cancel()
 	<-l.done
@@ -178,9 +198,8 @@ func TestPairSurvivesTheLossOfEitherHost(t *testing.T) {
 		}
 		p.Sides[victim].Kill()
 		require.NoError(t, p.Sides[1-victim].Await(ctx, "alone", "syncing", "protected"))
-		time.Sleep(300 * time.Millisecond) // some answers from one side alone
 		for i, c := range clients {
-			gap, n := c.took()
+			gap, n := c.after(t) // some answers from one side alone
 			t.Logf("kill %d of %s: client %d waited %v at the most, %d answers so far", k+1, twins.Sides[victim], i, gap, n)
 		}
 		require.NoError(t, p.Sides[victim].Start())

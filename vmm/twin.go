@@ -16,11 +16,8 @@ import (
 // ErrStandby reports a command to a machine that follows another's log.
 var ErrStandby = errors.New("vmm: this machine follows another one: ask that one")
 
-// Bits of control registers (Intel SDM volume 3, 2.5).
-const (
-	cr4PAE  = 1 << 5
-	eferLME = 1 << 8
-)
+// readOnlyData is the type of a data segment that is accessed and cannot be written (Intel SDM volume 3, 3.4.5.1).
+const readOnlyData = 1
 
 // Ender is an [InputSource] that has a say in the guest's end.
 type Ender interface {
@@ -152,22 +149,24 @@ func (m *Machine) Replace(s *State, write func() error) error {
 }
 
 // abandon ends an instruction that is half done (KVM waits for the result of its access to a device) without
-// letting it do anything. KVM has no call for that; the instruction is finished in an address space in which nothing is
-// mapped, so that whatever it still wants to store faults. Registers, events and all else are overwritten afterwards.
+// letting it do anything. KVM has no call for that; the instruction is finished where it cannot store: in long mode in an address
+// space in which nothing is mapped, else in segments that end at once. Registers, events and all else are overwritten
+// afterwards.
 func (m *Machine) abandon() error {
 	if !m.dangling {
 		return nil
 	}
-	s, err := m.vcpu.Sregs()
+	before, err := m.vcpu.Sregs()
 	if err != nil {
 		return err
 	}
-	before := s
-	s.CR3 = mmioLAPIC // no memory: the page walk finds nothing present
-	if s.EFER&eferLMA == 0 {
-		s.CR0 |= cr0PE | cr0PG
-		s.CR4 &^= cr4PAE
-		s.EFER &^= eferLME
+	s := before
+	if s.EFER&eferLMA != 0 {
+		s.CR3 = mmioLAPIC // no memory: the page walk finds nothing present
+	} else {
+		for _, seg := range []*kvm.Segment{&s.DS, &s.ES, &s.FS, &s.GS, &s.SS} {
+			seg.Limit, seg.G, seg.Typ = 0, 0, readOnlyData
+		}
 	}
 	if err := m.vcpu.SetSregs(&s); err != nil {
 		return err
@@ -179,7 +178,6 @@ func (m *Machine) abandon() error {
 		switch {
 		case errno == unix.EINTR || errno == unix.EAGAIN:
 			m.incomplete, m.dangling = false, false
-			// KVM switches to long mode only where paging is switched on, too.
 			return m.vcpu.SetSregs(&before)
 		case errno != 0:
 			return fmt.Errorf("vmm: abandon an instruction: %w", errno)

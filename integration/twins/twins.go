@@ -174,7 +174,8 @@ func (t *Twins) network() error {
 	if err != nil {
 		return err
 	}
-	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge}}
+	// A bridge without an address of its own takes that of one of its ports, and another when that port goes.
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge, HardwareAddr: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}}
 	addr, err := netlink.ParseAddr(HostAddress + prefix)
 	if err != nil {
 		return err
