@@ -172,7 +172,7 @@ func requireEqualDisks(t *testing.T, p *twins.Twins) {
 // The host of the live side dies again and again under load; each time the other goes on where it was, the
 // clients keep their connections, and the side that died comes back by itself when it is started.
 func TestPairSurvivesTheLossOfEitherHost(t *testing.T) {
-	const kills = 4
+	const kills = 6
 	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
 	p := newTwins(t, twins.Options{})
