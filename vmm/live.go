@@ -85,6 +85,7 @@ type Live struct {
 
 	carriers map[int]bool // what the NICs last said
 
+	held   bool // while muted: frames are kept, as far as there is room
 	muted  bool // what comes is dropped: the guest does not live here
 	closed bool
 	wg     sync.WaitGroup
@@ -358,7 +359,7 @@ func (l *Live) postFrame(nic int, frame []byte) {
 	for l.frames[nic] >= MaxQueuedFrames && !l.closed && !l.muted {
 		l.room.Wait()
 	}
-	if l.muted {
+	if l.muted && (!l.held || l.frames[nic] >= MaxQueuedFrames) {
 		l.mu.Unlock()
 		backend.PutFrame(frame)
 		return
@@ -393,7 +394,7 @@ func (l *Live) postConsole(c int, p []byte) {
 func (l *Live) Mute(on bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.muted = on
+	l.muted, l.held = on, false
 	if !on {
 		for i := range l.nics {
 			if up, ok := l.carriers[i]; ok {
@@ -413,6 +414,14 @@ func (l *Live) Mute(on bool) {
 	clear(l.bytes)
 	l.leftover = false
 	l.room.Broadcast()
+}
+
+// Hold has a source that is muted keep the frames that come from now on: the guest may live here in a moment, and those who
+// sent them would wait long before they sent them again. To be muted again drops them.
+func (l *Live) Hold() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.held = l.muted
 }
 
 // Complete posts the completion of a disk request that was not started with Disk.

@@ -706,6 +706,10 @@ func (p *Pair) hangUp(why string) {
 	conn, up := p.conn, p.up
 	p.up = false
 	p.conn++ // nothing that is still on its way counts
+	if p.world.is(following) {
+		// The primary logs nothing more: what comes from now on this side alone may have.
+		p.world.in.Hold()
+	}
 	if up {
 		p.node.LinkDown(conn)
 	}

@@ -98,6 +98,7 @@ type world struct {
 	arena     []byte // room for entries; entries are those of the present stop
 	entries   []byte
 	completes bool
+	urgent    bool // somebody waits for what the guest makes of an input: it would be lost with this host
 	time      int64
 	offloads  map[int]vmm.Offloads
 	entropy   map[uint64]int
@@ -201,7 +202,8 @@ func (w *world) close() {
 	case w.logging.Load():
 		w.flush()
 		if w.cur.Count == 0 {
-			w.tell(event{kind: evMark, point: point(w.cur), digest: protocol.Digest(w.sum.Sum()), flag: w.taint}, false)
+			w.tell(event{kind: evMark, point: point(w.cur), digest: protocol.Digest(w.sum.Sum()), flag: w.taint}, w.urgent)
+			w.urgent = false
 		}
 	case w.is(following) && w.cur.Count == 0:
 		w.check()
@@ -433,6 +435,9 @@ func (w *world) input(pos vmm.Position, in *vmm.Input) {
 		w.time = in.Time
 	case vmm.InputFrame:
 		w.received(in)
+		w.urgent = true
+	case vmm.InputConsole, vmm.InputPowerButton:
+		w.urgent = true
 	case vmm.InputEntropy:
 		delete(w.entropy, in.Tag)
 	}
