@@ -85,10 +85,11 @@ type Live struct {
 
 	carriers map[int]bool // what the NICs last said
 
-	held   bool // while muted: frames are kept, as far as there is room
-	muted  bool // what comes is dropped: the guest does not live here
-	closed bool
-	wg     sync.WaitGroup
+	arrived func(nic int, frame []byte)
+	held    bool // while muted: frames are kept, as far as there is room
+	muted   bool // what comes is dropped: the guest does not live here
+	closed  bool
+	wg      sync.WaitGroup
 }
 
 // Console is one end of a serial line or console: a terminal, a file, a socket.
@@ -217,22 +218,30 @@ func (l *Live) EveryStop() bool { return l.leftover }
 
 // Arm sets the host's timer for the guest's next deadline. Moving a deadline back is
 // common and costs nothing here: the timer then expires early and is set again.
-//
-// The guest is about to be entered. If it has just sent something, Arm waits a moment for the
-// answer. A program on this host that makes one request after another is answered and asks again within
-// some ten microseconds. If the guest is entered before that, it finds nothing to do, arms its
-// interrupt and goes to sleep, and must be stopped on its way; else it finds the next request when it
-// looks for more.
 func (l *Live) Arm(next int64) {
-	if l.sent.Load() {
-		l.sent.Store(false)
-		l.answers.wait(l.bell, lingerTime)
-	}
 	if next >= l.armed || next == devices.Never {
 		return
 	}
 	l.armed = next
 	l.setTimer(time.Duration(next - l.now()))
+}
+
+// Lingerer is an [InputSource] whose guest's entry is worth putting off now and then. It must
+// take inputs anywhere: those that come meanwhile reach the guest before it goes on.
+type Lingerer interface {
+	// Linger is called on the vCPU loop before each entry.
+	Linger()
+}
+
+// Linger waits a moment for the answer to what the guest has just sent. A program on this host
+// that makes one request after another is answered and asks again within some ten microseconds. If
+// the guest is entered before that, it finds nothing to do, arms its interrupt and goes to sleep, and must
+// be stopped on its way; else it finds the next request when it looks for more.
+func (l *Live) Linger() {
+	if l.sent.Load() {
+		l.sent.Store(false)
+		l.answers.wait(l.bell, lingerTime)
+	}
 }
 
 // polling waits for the bell without sleeping, as long as that pays.
@@ -354,7 +363,28 @@ func (l *Live) post(in Input) {
 	l.bell.Ring()
 }
 
+// OnFrame has f called with each frame that comes, from the NICs' goroutines, before it waits for the guest. It must be set before
+// the machine is made.
+func (l *Live) OnFrame(f func(nic int, frame []byte)) { l.arrived = f }
+
+// Inject posts a frame, in a buffer from [backend.GetFrame], as if it came from a NIC. It does not wait: where there is no room
+// the frame is lost.
+func (l *Live) Inject(nic int, frame []byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.frames[nic] >= MaxQueuedFrames || l.muted {
+		backend.PutFrame(frame)
+		return
+	}
+	l.frames[nic]++
+	l.queue = append(l.queue, Input{Kind: InputFrame, Device: uint16(nic), Data: frame})
+	l.bell.Ring()
+}
+
 func (l *Live) postFrame(nic int, frame []byte) {
+	if l.arrived != nil {
+		l.arrived(nic, frame)
+	}
 	l.mu.Lock()
 	for l.frames[nic] >= MaxQueuedFrames && !l.closed && !l.muted {
 		l.room.Wait()

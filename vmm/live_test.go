@@ -5,7 +5,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/ftvmm/ftvmm/devices"
 	"github.com/ftvmm/ftvmm/vmm/backend"
 )
 
@@ -29,7 +28,7 @@ func TestLingeringIsForAnswersThatCome(t *testing.T) {
 				count++
 			}
 			l.Frame(0, nil)
-			l.Arm(devices.Never)
+			l.Linger()
 			require.False(t, l.sent.Load())
 		}
 		return count
@@ -46,6 +45,6 @@ func TestLingeringIsForAnswersThatCome(t *testing.T) {
 	l.bell.answer()
 	require.Equal(t, 1, lingers(3), "an answer that does not come begins anew")
 
-	l.Arm(devices.Never)
+	l.Linger()
 	require.Zero(t, p.skip, "nothing was sent, nothing is due")
 }

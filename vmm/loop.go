@@ -118,6 +118,9 @@ func (m *Machine) loop() error {
 		if again {
 			continue
 		}
+		if m.lingers != nil {
+			m.lingers.Linger()
+		}
 		m.source.Arm(m.clock.Next())
 		if m.fresh || m.exit != nil {
 			continue

@@ -165,6 +165,7 @@ type Machine struct {
 	counter Counter     // nil: none
 	async   AsyncSource // the source, of a machine with a counter
 	stuck   Stucker     // the source, if it is one
+	lingers Lingerer    // the same
 	live    *Live       // the source and sink, when New made them
 	bell    Bell
 	queue   chan command
@@ -295,6 +296,7 @@ func (m *Machine) connect() error {
 		m.source, m.sink = m.cfg.Wrap(m.source, m.sink)
 	}
 	m.stuck, _ = m.source.(Stucker)
+	m.lingers, _ = m.source.(Lingerer)
 	return nil
 }
 
