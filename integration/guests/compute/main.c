@@ -6,6 +6,8 @@
  *	exit_every=N  an OUT to the POST port after each N words (default 0: none)
  *	report=K      a line with the running checksum after each K rounds (default
  *	              0: none)
+ *	hz=N          the PIT interrupts the run N times a second, N from 19 (default 0: not
+ *	              at all)
  *
  * The checksum depends on each word of each round. A second sum is kept in an XMM
  * register only, which nothing else uses: vector state that was lost on the way to another
@@ -14,11 +16,23 @@
 #include "rt.h"
 
 #define POST_PORT 0x80
+#define PIT_IRQ 0
 
 /* -mgeneral-regs-only keeps the compiler away from XMM15. */
 static void vector_clear(void) { __asm__ volatile("pxor %xmm15, %xmm15"); }
 static void vector_add(u64 v) { __asm__ volatile("movq %0, %%xmm14; paddq %%xmm14, %%xmm15" : : "r"(v)); }
 static u64 vector_sum(void) { u64 v; __asm__ volatile("movq %%xmm15, %0" : "=r"(v)); return v; }
+
+static void tick_at(u32 hz)
+{
+	pic_init();
+	lapic_init();
+	pic_wire();
+	irq_handle(PIC_VECTOR + PIT_IRQ, NULL, EOI_PIC);
+	pit_periodic(hz);
+	pic_mask(PIT_IRQ, false);
+	rt_interrupts(true);
+}
 
 static u64 mix(u64 x)
 {
@@ -35,6 +49,8 @@ int main(struct boot *boot)
 	u64 *memory = page_alloc(pages), sum = 0, carry = 1, until_exit = every;
 
 	(void)boot;
+	if (arg("hz"))
+		tick_at(arg_number("hz", 0));
 	vector_clear();
 	for (u64 round = 1; round <= rounds; round++) {
 		for (u64 i = 0; i < words; i++) {
@@ -50,6 +66,7 @@ int main(struct boot *boot)
 		if (report && round % report == 0)
 			printf("round %lu sum %016lx\n", round, sum);
 	}
+	rt_interrupts(false);
 	check(vector_sum() == sum, "vector", "%016lx", vector_sum());
 	check(true, "compute", "pages %lu rounds %lu sum %016lx memory %016lx", pages, rounds, sum,
 	      fnv1a(FNV_START, memory, words * sizeof(u64) > 1 << 20 ? 1 << 20 : words * sizeof(u64)));

@@ -7,6 +7,7 @@
  *	mode=msr    RDMSR of IA32_APIC_BASE; always at CPL 0
  *	mode=hlt    HLT until the next PIT interrupt (hz=1000 of them a second)
  *	mode=all    all of these (default)
+ *	mode=clock  reads of the PM timer, whose values differ from run to run
  *	mode=first  nothing but exit status 0, as soon as main runs
  *	n=N         accesses, each of which is one exit (default 1000); for hlt,
  *	            halts
@@ -70,6 +71,16 @@ static u64 msr(void *p)
 	return 0;
 }
 
+static u64 clock(void *p)
+{
+	struct storm *s = p;
+	u16 port = pmtimer_port();
+
+	for (u64 i = 0; i < s->n; i++)
+		s->hash = (s->hash ^ inl(port)) * 31;
+	return 0;
+}
+
 static u64 hlt(void *p)
 {
 	struct storm *s = p;
@@ -94,11 +105,13 @@ static const struct {
 	const char *name;
 	u64 (*fn)(void *);
 	int cpl; /* where it must run, or -1 */
+	bool alone; /* not one of "all" */
 } modes[] = {
-	{ "pio", pio, -1 },
-	{ "mmio", mmio, -1 },
-	{ "msr", msr, 0 },
-	{ "hlt", hlt, 3 },
+	{ "pio", pio, -1, false },
+	{ "mmio", mmio, -1, false },
+	{ "msr", msr, 0, false },
+	{ "hlt", hlt, 3, false },
+	{ "clock", clock, -1, true },
 };
 
 int main(struct boot *boot)
@@ -114,7 +127,7 @@ int main(struct boot *boot)
 		struct storm s = { .n = arg_number("n", 1000), .hash = FNV_START };
 		u64 level = modes[i].cpl < 0 ? cpl : (u64)modes[i].cpl;
 
-		if (!all && strcmp(mode, modes[i].name))
+		if (all ? modes[i].alone : strcmp(mode, modes[i].name) != 0)
 			continue;
 		any = true;
 		printf("# storm %s\n", modes[i].name);
