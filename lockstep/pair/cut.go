@@ -108,8 +108,8 @@ func (p *Pair) loop(f func() error) error {
 	}
 }
 
-// frames returns the number of page frames up to the end of the guest's memory.
-func (p *Pair) frames() uint64 {
+// pageFrames returns the number of page frames up to the end of the guest's memory.
+func (p *Pair) pageFrames() uint64 {
 	r := p.m.Memory().Regions()
 	return r[len(r)-1].End() / pages.Size
 }
@@ -367,7 +367,7 @@ func (p *Pair) takeCut(a protocol.TakeCut) {
 	p.cuts++
 	joined := p.sums != nil
 	p.beside(func(gen uint64) error {
-		peer, rest, err := pages.DecodeSet(a.Dirty, int(p.frames()))
+		peer, rest, err := pages.DecodeSet(a.Dirty, int(p.pageFrames()))
 		if err != nil || len(rest) != 0 {
 			return fmt.Errorf("the set of dirty pages: %w", errors.Join(err, pages.ErrFormat))
 		}
@@ -504,7 +504,7 @@ func extents(writes []written) (chunks [][]byte) {
 func (p *Pair) collect(want []byte) {
 	buf := p.buffer
 	p.beside(func(gen uint64) error {
-		set, rest, err := pages.DecodeSet(want, int(p.frames()))
+		set, rest, err := pages.DecodeSet(want, int(p.pageFrames()))
 		if err != nil || len(rest) != 0 {
 			return fmt.Errorf("the set of pages that differ: %w", errors.Join(err, pages.ErrFormat))
 		}
@@ -662,7 +662,7 @@ func (p *Pair) stageChunk(b []byte) {
 	p.beside(func(uint64) error {
 		switch pages.KindOf(b) {
 		case pages.Pages:
-			return pages.DecodePages(b, p.frames(), func(pfn uint64, page []byte) error {
+			return pages.DecodePages(b, p.pageFrames(), func(pfn uint64, page []byte) error {
 				return p.m.Memory().Write(pfn*pages.Size, page)
 			})
 		case pages.Extents:
@@ -721,7 +721,7 @@ func (p *Pair) stage(data []byte) {
 		if len(s.Learners) != len(p.world.learner) {
 			return fmt.Errorf("a cut of a guest with %d network cards, this one has %d", len(s.Learners), len(p.world.learner))
 		}
-		set, sums, rest, err := pages.DecodeHashes(data[k+int(n):], int(p.frames()))
+		set, sums, rest, err := pages.DecodeHashes(data[k+int(n):], int(p.pageFrames()))
 		if err != nil || len(rest) != 0 {
 			return fmt.Errorf("the hashes of a cut: %w", errors.Join(err, pages.ErrFormat))
 		}
@@ -753,7 +753,7 @@ func (p *Pair) stagePages(b []byte) {
 	if len(b) == 0 || p.staged == nil {
 		return
 	}
-	err := pages.DecodePages(b, p.frames(), func(pfn uint64, page []byte) error {
+	err := pages.DecodePages(b, p.pageFrames(), func(pfn uint64, page []byte) error {
 		if !p.m.Memory().Contains(pfn*pages.Size, pages.Size) {
 			return fmt.Errorf("a cut has page %#x, this guest has not", pfn)
 		}
@@ -886,6 +886,9 @@ func (p *Pair) feed(a protocol.Feed) {
 				p.violation(p.conn, fmt.Errorf("an entry of kind %d at %v in an item of %v", e.Kind, e.Pos, i.Point))
 				return
 			}
+			if e.Kind == log.Input && e.Input.Kind == vmm.InputFrame {
+				p.logged(&e.Input)
+			}
 			entries = append(entries, e)
 		}
 	}
@@ -949,7 +952,7 @@ func (p *Pair) begun(logging bool) {
 }
 
 // goLive switches from the log to the world. On the vCPU loop, which stands.
-func (p *Pair) goLive(newTerm bool) error {
+func (p *Pair) goLive(newTerm bool, early []earlyFrame) error {
 	w := p.world
 	w.mu.Lock()
 	w.queue, w.head, w.marks, w.diverged, w.stop = nil, 0, nil, false, false
@@ -962,6 +965,7 @@ func (p *Pair) goLive(newTerm bool) error {
 		w.disks.setTracking(trackData)
 	}
 	p.begun(newTerm)
+	w.inject(early)
 	for tag, n := range w.entropy {
 		w.in.Entropy(tag, n)
 	}

@@ -93,6 +93,9 @@ type Status struct {
 	Linked bool            `json:"linked"`
 	Held   int             `json:"outputs_held"`
 	Cuts   uint64          `json:"cuts"`
+	// LogBytes counts the messages that carried the log, as they were given to the link, and SentBytes those of all kinds.
+	LogBytes  uint64 `json:"log_bytes"`
+	SentBytes uint64 `json:"sent_bytes"`
 	Paths  []link.Path     `json:"paths,omitempty"`
 }
 
@@ -124,12 +127,18 @@ type Pair struct {
 	logging  bool
 	lastCut  time.Time
 	cuts     uint64
+	cutAt    time.Time // when the last cut was asked for
+	logBytes uint64
+	allBytes uint64
 	ring     []event
 	exitHeld bool
 	since    time.Time // of the present phase
 	staged   *staged
 	buffer   *cutBuffer
+	frames   []earlyFrame
 	staging  bool // the guest's memory has been written by a pre-copy
+
+	early earlySender
 
 	gen atomic.Uint64 // of copies: one that is discarded belongs to an older one
 
@@ -193,6 +202,7 @@ func New(cfg *vmm.Config, o Options) (*Pair, error) {
 			return in, out
 		}
 		w.in = l
+		l.OnFrame(p.arrived)
 		w.disks = newDisks(l.Disks())
 		w.disks.complete = l.Complete
 		w.disks.finished = func() { w.bell.Ring() }
@@ -319,6 +329,7 @@ func (p *Pair) Status(ctx context.Context) (s Status, err error) {
 		s = Status{
 			Side: p.opts.Keys.Side.String(), Phase: p.node.Phase().String(), Live: p.node.Live(), Term: p.node.Term(), Record: p.node.Record(),
 			Linked: p.up, Held: p.node.Held(), Cuts: p.cuts,
+			LogBytes: p.logBytes, SentBytes: p.allBytes,
 		}
 		if p.session != nil {
 			for _, path := range p.session.Paths() {
@@ -469,7 +480,11 @@ func (p *Pair) do(a protocol.Action) {
 	switch a := a.(type) {
 	case protocol.Send:
 		if a.Conn == p.conn && p.out != nil {
-			p.out.send(&a.Message)
+			n := uint64(p.out.send(&a.Message))
+			p.allBytes += n
+			if a.Message.Type == protocol.MsgLog {
+				p.logBytes += n
+			}
 		}
 	case protocol.CloseLink:
 		if a.Conn == p.conn {
@@ -496,8 +511,8 @@ func (p *Pair) do(a protocol.Action) {
 		w.pace.Store(a.Wait)
 		w.bell.Ring()
 	case protocol.GoLive:
-		newTerm := p.node.Logging()
-		w.order(func() error { return p.goLive(newTerm) })
+		newTerm, early := p.node.Logging(), p.unlogged()
+		w.order(func() error { return p.goLive(newTerm, early) })
 	case protocol.Follow:
 		p.decoder = log.Decoder{}
 		w.resetLog()
@@ -639,6 +654,7 @@ const (
 	frameLast     = iota // a message of the protocol, or its last fragment
 	frameMore            // a fragment; more follow
 	frameIdentity        // what guest this side is for
+	frameEarly           // a frame for the guest that the log does not have yet
 )
 
 // begin begins a session.
@@ -647,6 +663,7 @@ func (p *Pair) begin(s *link.Session) {
 	p.conn++
 	conn := p.conn
 	p.session, p.out = s, newSender(s)
+	p.early.out.Store(p.out)
 	var parts []byte
 	s.Start(func(_ link.Class, b []byte) {
 		if len(b) == 0 {
@@ -666,12 +683,22 @@ func (p *Pair) begin(s *link.Session) {
 				if err != nil {
 					p.violation(conn, err)
 				} else if conn == p.conn {
+					if m.Type == protocol.MsgCutAck {
+						p.log.Debug("cut acknowledged", "us", time.Since(p.cutAt).Microseconds())
+					}
 					p.node.Step(conn, m)
 				}
 			}
 		case frameIdentity:
 			theirs := append([]byte(nil), b[1:]...)
 			f = func() { p.compare(conn, theirs) }
+		case frameEarly:
+			early := append([]byte(nil), b[1:]...)
+			f = func() {
+				if conn == p.conn && !p.node.Live() {
+					p.keepFrame(early)
+				}
+			}
 		default:
 			f = func() { p.violation(conn, fmt.Errorf("a frame of kind %d", b[0])) }
 		}
@@ -703,6 +730,7 @@ func (p *Pair) hangUp(why string) {
 	p.out.close()
 	p.session.Close(why)
 	p.session, p.out = nil, nil
+	p.early.out.Store(nil)
 	conn, up := p.conn, p.up
 	p.up = false
 	p.conn++ // nothing that is still on its way counts
@@ -796,11 +824,12 @@ func newSender(s *link.Session) *sender {
 	return o
 }
 
-// send encodes and sends a message.
-func (o *sender) send(m *protocol.Message) {
+// send encodes and sends a message, and returns how many bytes that took.
+func (o *sender) send(m *protocol.Message) (size int) {
 	for _, part := range m.Split(fragment) {
 		o.buf = part.Append(append(o.buf[:0], frameLast))
 		b := o.buf
+		size += len(b)
 		for len(b) > fragment {
 			piece := append(make([]byte, 0, fragment), b[:fragment]...)
 			piece[0] = frameMore
@@ -810,6 +839,7 @@ func (o *sender) send(m *protocol.Message) {
 		}
 		o.raw(b)
 	}
+	return size
 }
 
 // raw sends a frame, of which it keeps nothing.
