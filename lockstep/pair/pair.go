@@ -96,6 +96,9 @@ type Status struct {
 	// LogBytes counts the messages that carried the log, as they were given to the link, and SentBytes those of all kinds.
 	LogBytes  uint64 `json:"log_bytes"`
 	SentBytes uint64 `json:"sent_bytes"`
+	// LogBytes counts the messages that carried the log, as they were given to the link, and SentBytes those of all kinds.
+	LogBytes  uint64 `json:"log_bytes"`
+	SentBytes uint64 `json:"sent_bytes"`
 	Paths  []link.Path     `json:"paths,omitempty"`
 }
 
@@ -329,6 +332,7 @@ func (p *Pair) Status(ctx context.Context) (s Status, err error) {
 		s = Status{
 			Side: p.opts.Keys.Side.String(), Phase: p.node.Phase().String(), Live: p.node.Live(), Term: p.node.Term(), Record: p.node.Record(),
 			Linked: p.up, Held: p.node.Held(), Cuts: p.cuts,
+			LogBytes: p.logBytes, SentBytes: p.allBytes,
 			LogBytes: p.logBytes, SentBytes: p.allBytes,
 		}
 		if p.session != nil {
