@@ -96,9 +96,6 @@ type Status struct {
 	// LogBytes counts the messages that carried the log, as they were given to the link, and SentBytes those of all kinds.
 	LogBytes  uint64 `json:"log_bytes"`
 	SentBytes uint64 `json:"sent_bytes"`
-	// LogBytes counts the messages that carried the log, as they were given to the link, and SentBytes those of all kinds.
-	LogBytes  uint64 `json:"log_bytes"`
-	SentBytes uint64 `json:"sent_bytes"`
 	Paths  []link.Path     `json:"paths,omitempty"`
 }
 
@@ -130,7 +127,6 @@ type Pair struct {
 	logging  bool
 	lastCut  time.Time
 	cuts     uint64
-	cutAt    time.Time // when the last cut was asked for
 	logBytes uint64
 	allBytes uint64
 	ring     []event
@@ -332,7 +328,6 @@ func (p *Pair) Status(ctx context.Context) (s Status, err error) {
 		s = Status{
 			Side: p.opts.Keys.Side.String(), Phase: p.node.Phase().String(), Live: p.node.Live(), Term: p.node.Term(), Record: p.node.Record(),
 			Linked: p.up, Held: p.node.Held(), Cuts: p.cuts,
-			LogBytes: p.logBytes, SentBytes: p.allBytes,
 			LogBytes: p.logBytes, SentBytes: p.allBytes,
 		}
 		if p.session != nil {
@@ -688,7 +683,7 @@ func (p *Pair) begin(s *link.Session) {
 					p.violation(conn, err)
 				} else if conn == p.conn {
 					if m.Type == protocol.MsgCutAck {
-						p.log.Debug("cut acknowledged", "us", time.Since(p.cutAt).Microseconds())
+						p.log.Debug("cut acknowledged", "us", time.Since(p.lastCut).Microseconds())
 					}
 					p.node.Step(conn, m)
 				}
