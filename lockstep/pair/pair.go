@@ -94,9 +94,9 @@ type Status struct {
 	Held   int             `json:"outputs_held"`
 	Cuts   uint64          `json:"cuts"`
 	// LogBytes counts the messages that carried the log, as they were given to the link, and SentBytes those of all kinds.
-	LogBytes  uint64 `json:"log_bytes"`
-	SentBytes uint64 `json:"sent_bytes"`
-	Paths  []link.Path     `json:"paths,omitempty"`
+	LogBytes  uint64      `json:"log_bytes"`
+	SentBytes uint64      `json:"sent_bytes"`
+	Paths     []link.Path `json:"paths,omitempty"`
 }
 
 // Pair is one side of a pair.
