@@ -58,7 +58,29 @@ func (s *steering) Stats(ctx context.Context) (control.Stats, error) {
 	for _, c := range s.r.ports.all {
 		out.Consoles[c.Name()] = c.Stats()
 	}
+	if err := s.pairStats(ctx, out.Counters); err != nil {
+		return control.Stats{}, explain(err)
+	}
 	return out, nil
+}
+
+// pairStats adds the counters of this side of a pair, if it is one.
+func (s *steering) pairStats(ctx context.Context, to map[string]uint64) error {
+	twin := s.r.twin.Load()
+	if twin == nil {
+		return nil
+	}
+	st, err := twin.Status(ctx)
+	if err != nil {
+		return err
+	}
+	to["pair_cuts"], to["pair_log_bytes"], to["pair_sent_bytes"], to["pair_outputs_held"] = st.Cuts, st.LogBytes, st.SentBytes, uint64(st.Held)
+	for _, p := range st.Paths {
+		if p.Log {
+			to["link_rtt_ns"] = uint64(p.RTT)
+		}
+	}
+	return nil
 }
 
 func (s *steering) Pause(ctx context.Context) error  { return explain(s.m.Pause(ctx)) }
