@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -119,6 +118,7 @@ func (f *pairFlags) rule() (protocol.Commit, error) {
 // side is one side of a pair, nil for a guest that runs alone.
 type side struct {
 	*pair.Pair
+	keys    *link.Keys
 	arbiter io.Closer
 	log     io.Closer
 }
@@ -139,6 +139,7 @@ func (f *pairFlags) open(g *config.Guest, cfg *vmm.Config, events *event.Emitter
 	if err != nil {
 		return s, err
 	}
+	s.keys = keys
 	a, closer, err := open.Arbiter(f.arbiter, keys.Pair)
 	if err != nil {
 		return s, err
@@ -195,10 +196,5 @@ func (s *side) Close() error {
 	return errors.Join(errs...)
 }
 
-// switchOver hands the guest over, for the control API.
-func (s *side) switchOver(ctx context.Context) error {
-	if s == nil {
-		return fail(exitConflict, "not-paired", "run it with --pair", "this guest runs alone")
-	}
-	return s.SwitchOver(ctx)
-}
+// name is which side this is: a or b.
+func (s *side) name() string { return s.keys.Side.String() }

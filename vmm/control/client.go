@@ -132,6 +132,20 @@ func (c *Client) PowerButton(ctx context.Context) error { return c.verb(ctx, "po
 // Quit ends the VMM at once.
 func (c *Client) Quit(ctx context.Context) error { return c.verb(ctx, "quit", nil) }
 
+// Pair returns what this side of a pair is doing.
+func (c *Client) Pair(ctx context.Context) (Pair, error) {
+	var p Pair
+	err := c.call(ctx, http.MethodGet, "/v1/pair", nil, &p)
+	return p, err
+}
+
+// Failover begins to hand the guest over to the other side. It returns when that has begun; Pair tells how it goes.
+func (c *Client) Failover(ctx context.Context) error { return c.verb(ctx, "failover", nil) }
+
+// Force makes the side live although the arbiter's record does not allow it: what the other side had
+// promised is lost.
+func (c *Client) Force(ctx context.Context) error { return c.verb(ctx, "force", nil) }
+
 // Save writes the guest's state to a file on its host; path is absolute.
 func (c *Client) Save(ctx context.Context, path string) error {
 	return c.verb(ctx, "save", SaveRequest{Path: path})

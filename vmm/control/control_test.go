@@ -50,7 +50,12 @@ func (f *fake) Resume(context.Context) error              { return f.note("resum
 func (f *fake) Reset(context.Context) error               { return f.note("reset") }
 func (f *fake) Save(_ context.Context, path string) error { return f.note("save " + path) }
 func (f *fake) PowerButton() error                        { return f.note("power-button") }
-func (f *fake) Quit()                                     { _ = f.note("quit") }
+func (f *fake) Pair(context.Context) (Pair, error) {
+	return Pair{Name: "db1", Side: "b", Role: Standby, Phase: "backup", Paths: []PairPath{{RTT: 80}}}, f.note("pair")
+}
+func (f *fake) Failover(context.Context) error { return f.note("failover") }
+func (f *fake) Force(context.Context) error    { return f.note("force") }
+func (f *fake) Quit()                          { _ = f.note("quit") }
 func (f *fake) Console(name string) *console.Console {
 	if f.cons != nil && name == f.cons.Name() {
 		return f.cons
@@ -81,13 +86,20 @@ func TestVerbsReachTheMachine(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, KindStats, stats.Kind)
 	require.EqualValues(t, 7, stats.Counters["exits"])
+	side, err := c.Pair(ctx)
+	require.NoError(t, err)
+	require.Equal(t, Pair{
+		Meta: Meta{"ftvmm/v1", "Pair"}, Name: "db1", Side: "b", Role: Standby, Phase: "backup", Paths: []PairPath{{RTT: 80}},
+	}, side)
+	require.NoError(t, c.Failover(ctx))
+	require.NoError(t, c.Force(ctx))
 	require.NoError(t, c.Pause(ctx))
 	require.NoError(t, c.Resume(ctx))
 	require.NoError(t, c.Reset(ctx))
 	require.NoError(t, c.PowerButton(ctx))
 	require.NoError(t, c.Save(ctx, "/tmp/x/../state"))
 	require.NoError(t, c.Quit(ctx))
-	require.Equal(t, []string{"status", "stats", "pause", "resume", "reset", "power-button", "save /tmp/state", "quit"}, f.calls)
+	require.Equal(t, []string{"status", "stats", "pair", "failover", "force", "pause", "resume", "reset", "power-button", "save /tmp/state", "quit"}, f.calls)
 
 	fi, err := os.Stat(s.Path())
 	require.NoError(t, err)
@@ -123,6 +135,8 @@ func TestBadRequestsAreRefused(t *testing.T) {
 		code               string
 	}{
 		{"GET", "/v1/pause", "", http.StatusMethodNotAllowed, CodeBadMethod},
+		{"GET", "/v1/failover", "", http.StatusMethodNotAllowed, CodeBadMethod},
+		{"POST", "/v1/force", `{"really":true}`, http.StatusBadRequest, CodeBadRequest},
 		{"POST", "/v1/status", "", http.StatusMethodNotAllowed, CodeBadMethod},
 		{"GET", "/", "", http.StatusNotFound, CodeNotFound},
 		{"POST", "/v1/explode", "", http.StatusNotFound, CodeNotFound},

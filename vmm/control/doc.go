@@ -8,6 +8,9 @@
 //	POST /v1/reset                  press the reset button
 //	POST /v1/save {"path": "…"}     write the guest's state to a file of this host
 //	POST /v1/quit                   end the VMM at once
+//	GET  /v1/pair                   what this side of a pair is doing
+//	POST /v1/failover               hand the guest over to the other side
+//	POST /v1/force                  make a side live against the arbiter's record
 //	GET  /v1/console/{name}         attach to a console (?write=true to type too)
 //
 // Answers carry "apiVersion" and "kind", as all JSON of ftvmm does. A refusal is an [Error] with

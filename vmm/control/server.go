@@ -134,6 +134,11 @@ func (s *Server) handler() http.Handler {
 		st.Meta = NewMeta(KindStats)
 		return st, err
 	})
+	get("/v1/pair", func(ctx context.Context) (any, error) {
+		p, err := s.machine.Pair(ctx)
+		p.Meta = NewMeta(KindPair)
+		return p, err
+	})
 	verb := func(name string, f func(r *http.Request) error) {
 		s.route(mux, http.MethodPost, "/v1/"+name, func(w http.ResponseWriter, r *http.Request) error {
 			if err := f(r); err != nil {
@@ -155,6 +160,8 @@ func (s *Server) handler() http.Handler {
 	plain("pause", s.machine.Pause)
 	plain("resume", s.machine.Resume)
 	plain("reset", s.machine.Reset)
+	plain("failover", s.machine.Failover)
+	plain("force", s.machine.Force)
 	plain("power-button", func(context.Context) error { return s.machine.PowerButton() })
 	plain("quit", func(context.Context) error {
 		s.machine.Quit()

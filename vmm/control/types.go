@@ -23,6 +23,7 @@ func NewMeta(kind string) Meta { return Meta{APIVersion, kind} }
 const (
 	KindStatus = "Status"
 	KindStats  = "Stats"
+	KindPair   = "Pair"
 	KindDone   = "Done"
 	KindError  = "Error"
 )
@@ -44,6 +45,9 @@ type Status struct {
 	Meta
 	Name  string `json:"name"`
 	State State  `json:"state"`
+	// Role and Side are "" for a guest that runs alone.
+	Role Role   `json:"role,omitempty"`
+	Side string `json:"side,omitempty"` // of its pair: a or b
 	// Position names the stop of the guest at which the status was taken (docs/determinism.md).
 	Position      string   `json:"position"`
 	VirtualTimeMS int64    `json:"virtual_time_ms"` // the guest's time since power-on
@@ -53,6 +57,50 @@ type Status struct {
 	PID           int      `json:"pid"`
 	Version       string   `json:"version"` // of ftvmm
 	Consoles      []string `json:"consoles"`
+}
+
+// Role is what one side of a pair is to the guest.
+type Role string
+
+// The roles.
+const (
+	Primary Role = "primary" // the guest that the world sees runs here
+	Standby Role = "standby" // it runs on the other side, or nowhere
+)
+
+// Pair describes one side of a pair.
+type Pair struct {
+	Meta
+	Name string `json:"name"`
+	Side string `json:"side"` // a or b
+	Role Role   `json:"role"`
+	// Phase is what the side is doing: waiting, joining, backup, draining, bidding, alone, syncing, protected or
+	// switching (docs/lockstep.md).
+	Phase string `json:"phase"`
+	// Protected says that the other side can take over with all that was ever promised, as far as this side knows.
+	Protected   bool       `json:"protected"`
+	Term        uint64     `json:"term"` // counts the copies of the state
+	Record      PairRecord `json:"record"`
+	Linked      bool       `json:"linked"`
+	HeldOutputs int        `json:"held_outputs"` // that wait for the other side
+	Cuts        uint64     `json:"cuts"`         // copies of the state that this side took
+	Paths       []PairPath `json:"paths"`
+}
+
+// PairRecord is what the arbiter keeps, as this side last read it.
+type PairRecord struct {
+	Epoch   uint64   `json:"epoch"`   // 0: there is none
+	InSync  []string `json:"in_sync"` // the sides that hold all that was ever promised
+	Primary string   `json:"primary"` // who may start alone when both were down; "" if there is no record
+}
+
+// PairPath is one path of the link between the sides.
+type PairPath struct {
+	Path  int   `json:"path"`
+	Quiet bool  `json:"quiet"` // nothing was heard over it for a while
+	RTT   int64 `json:"rtt_us"`
+	Log   bool  `json:"log"`  // the log goes over it
+	Bulk  bool  `json:"bulk"` // copies of memory and disk go over it
 }
 
 // Stats are a guest's counters.
@@ -86,6 +134,12 @@ type Machine interface {
 	PowerButton() error
 	// Quit ends the guest at once; it does not wait for the end.
 	Quit()
+	// Pair returns what this side of a pair is doing; an error with [CodeNotPaired] says that the guest runs alone.
+	Pair(ctx context.Context) (Pair, error)
+	// Failover begins to hand the guest over to the other side of its pair, and returns when that has begun.
+	Failover(ctx context.Context) error
+	// Force makes a side live although the arbiter's record does not allow it.
+	Force(ctx context.Context) error
 	// Console returns a console by name, nil if there is none of that name.
 	Console(name string) *console.Console
 }
@@ -117,6 +171,10 @@ const (
 	CodeSessions     = "console-full"   // too many sessions
 	CodeUpgrade      = "upgrade-needed" // a console was asked for by a plain GET
 	CodeFailed       = "failed"         // the verb was tried and failed
+	CodeNotPaired    = "not-paired"     // the guest runs alone
+	CodeNotProtected = "not-protected"  // the pair is not complete
+	CodeNotNow       = "not-now"        // the side's phase does not allow it
+	CodeStandby      = "standby"        // the guest runs on the other side
 )
 
 // ErrEnded is what a Machine's methods return after the guest has ended.
