@@ -110,7 +110,8 @@ func (n *Node) pend(i Item) {
 // itemSize is what an item costs besides its data, for the bounds.
 const itemSize = 32
 
-// pin puts the newest watermark into the log for good; until then a newer one replaces it.
+// pin puts the newest watermark into the log for good; until then a newer one replaces it. Entries of a later
+// point, whose own watermark is still to come, may be in the log already: it belongs before them.
 func (n *Node) pin() {
 	if n.mark == nil {
 		return
@@ -118,6 +119,9 @@ func (n *Node) pin() {
 	m := *n.mark
 	n.mark = nil
 	n.pend(m)
+	for i := len(n.pending) - 1; i > 0 && m.Point.Before(n.pending[i-1].Point); i-- {
+		n.pending[i-1], n.pending[i] = n.pending[i], n.pending[i-1]
+	}
 	n.lastMark = m.Point
 }
 
