@@ -84,6 +84,7 @@ func startTwins(t *testing.T, ctx context.Context, p *twins.Twins) (primary int)
 
 // load is a client that transfers money until it is stopped, and watches for gaps.
 type load struct {
+	gate    sync.Mutex // held while a transfer is under way
 	mu      sync.Mutex
 	answers []ledger.Answer
 	gap     time.Duration
@@ -103,7 +104,9 @@ func startLoad(ctx context.Context, p *twins.Twins, id uint32) *load {
 		defer close(l.done)
 		last := time.Now()
 		for ctx.Err() == nil {
+			l.gate.Lock()
 			a, err := l.client.Deposit(ctx, uint16(id), 1)
+			l.gate.Unlock()
 			if err != nil {
 				if ctx.Err() == nil {
 					l.err = err

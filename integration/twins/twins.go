@@ -3,7 +3,8 @@
 // their events.
 //
 // The hosts are processes in one network namespace, on one bridge, each with a tap of its own; the clients are in that
-// namespace, too. Without root, [Options.User] gives each side a user network instead, whose connections die with its process.
+// namespace, too. With [Options.Apart] side b has a namespace of its own, with a cable to side a's bridge and another for the link,
+// which can be cut. With [Options.Proxied] the link passes through a [Proxy]. Without root, [Options.User] gives each side a user network instead, whose connections die with its process.
 package twins
 
 import (
@@ -36,7 +37,15 @@ const (
 	GuestAddress = "192.0.2.9"
 	prefix       = "/24"
 	bridge       = "br0"
+	trunk        = "trunk" // the cable between the bridges of two namespaces
+	cable        = "cable" // the cable of the link between them
 )
+
+// The link's addresses where the sides have namespaces of their own.
+var linkAddresses = [2]string{"198.51.100.1", "198.51.100.2"}
+
+// linkMACs are those of the ends of its cable.
+var linkMACs = [2]net.HardwareAddr{{0x52, 0x54, 0, 0, 1, 1}, {0x52, 0x54, 0, 0, 1, 2}}
 
 // Sides are the names of the sides, in order.
 var Sides = [2]string{"a", "b"}
@@ -54,13 +63,18 @@ type Options struct {
 	Arbiter  string   // default: a directory
 	Flags    []string // more flags of ftvmm run
 	Link     []string // the addresses of the link; default: one on the loopback
+	Apart    bool     // side b in a namespace of its own
+	Proxied  bool     // the link passes through Twins.Link
 }
 
 // Twins are both sides.
 type Twins struct {
 	opts  Options
 	space string // network namespace; "" with user networks
+	far   string // that of side b, if it has one of its own
+	dial  []string
 	Sides [2]*Side
+	Link  *Proxy // with Options.Proxied; side a is its target, side b its client
 	ports [2]string
 }
 
@@ -74,7 +88,15 @@ type Side struct {
 	done   chan struct{}
 	exit   error
 	events []event.Event
+	began  time.Time
+	past   []Life
 	seen   sync.Cond
+}
+
+// Life is one life of a side: from the start of its process to its end.
+type Life struct {
+	Began, Ended time.Time // Ended is zero while it lasts
+	Events       []event.Event
 }
 
 // New makes the keys, the disks and the network of a pair. Close removes the network and ends what runs.
@@ -123,12 +145,25 @@ func New(o Options) (t *Twins, err error) {
 			p, err = freePorts(2)
 			copy(t.ports[:], p)
 		}
+		t.dial = t.opts.Link
 		return t, err
 	}
 	if len(t.opts.Link) == 0 {
 		t.opts.Link = []string{"127.0.0.1:7800"}
+		if o.Apart {
+			t.opts.Link = []string{net.JoinHostPort(linkAddresses[0], "7800")}
+		}
 	}
-	return t, t.network()
+	if err = t.network(); err != nil {
+		return t, err
+	}
+	t.dial = t.opts.Link
+	if o.Proxied {
+		const address = "127.0.0.1:7801"
+		t.dial = []string{address}
+		t.Link, err = t.Proxy(address, t.opts.Link[0])
+	}
+	return t, err
 }
 
 // freePorts returns addresses on the loopback that nobody listens at.
@@ -144,9 +179,46 @@ func freePorts(n int) (addresses []string, err error) {
 	return addresses, nil
 }
 
-// network makes the namespace and the bridge in it.
-func (t *Twins) network() error {
-	name := fmt.Sprintf("ftvmm-twins-%d-%d", os.Getpid(), time.Now().UnixNano()%1e9)
+// network makes the namespaces and the bridges in them.
+func (t *Twins) network() (err error) {
+	if t.space, err = t.namespace("", HostAddress); err != nil || !t.opts.Apart {
+		return err
+	}
+	if t.far, err = t.namespace("-b", ""); err != nil {
+		return err
+	}
+	// The first cable joins the bridges; a switch between two hosts does no more.
+	if err := t.wire(trunk, [2]net.HardwareAddr{}, func(side int, nl *netlink.Handle, end netlink.Link) error {
+		br, err := nl.LinkByName(bridge)
+		if err != nil {
+			return err
+		}
+		return nl.LinkSetMaster(end, br)
+	}); err != nil {
+		return err
+	}
+	return t.wire(cable, linkMACs, func(side int, nl *netlink.Handle, end netlink.Link) error {
+		addr, err := netlink.ParseAddr(linkAddresses[side] + prefix)
+		if err != nil {
+			return err
+		}
+		return errors.Join(nl.AddrAdd(end, addr), neighbour(nl, end, side, linkMACs[1-side]))
+	})
+}
+
+// handle opens netlink in a namespace.
+func handle(space string) (*netlink.Handle, error) {
+	h, err := netns.GetFromName(space)
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	return netlink.NewHandleAt(h, unix.NETLINK_ROUTE)
+}
+
+// namespace makes a namespace with a bridge in it.
+func (t *Twins) namespace(suffix, address string) (string, error) {
+	name := fmt.Sprintf("ftvmm-twins-%d-%d%s", os.Getpid(), time.Now().UnixNano()%1e9, suffix)
 	made := make(chan error)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread, which is in the namespace, ends here
@@ -157,30 +229,109 @@ func (t *Twins) network() error {
 		made <- err
 	}()
 	if err := <-made; err != nil {
-		return fmt.Errorf("make a network namespace: %w", err)
+		return "", fmt.Errorf("make a network namespace: %w", err)
 	}
-	t.space = name
-	h, err := netns.GetFromName(name)
+	nl, err := handle(name)
 	if err != nil {
-		return err
-	}
-	defer h.Close()
-	nl, err := netlink.NewHandleAt(h, unix.NETLINK_ROUTE)
-	if err != nil {
-		return err
+		return name, err
 	}
 	defer nl.Close()
 	lo, err := nl.LinkByName("lo")
 	if err != nil {
-		return err
+		return name, err
 	}
 	// A bridge without an address of its own takes that of one of its ports, and another when that port goes.
-	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge, HardwareAddr: net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}}}
-	addr, err := netlink.ParseAddr(HostAddress + prefix)
+	mac := net.HardwareAddr{0x52, 0x54, 0, 0, 0, 1}
+	if address == "" {
+		mac[5]++
+	}
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge, HardwareAddr: mac}}
+	if err := errors.Join(nl.LinkSetUp(lo), nl.LinkAdd(br)); err != nil {
+		return name, err
+	}
+	if address != "" {
+		addr, err := netlink.ParseAddr(address + prefix)
+		if err != nil {
+			return name, err
+		}
+		if err := nl.AddrAdd(br, addr); err != nil {
+			return name, err
+		}
+	}
+	return name, nl.LinkSetUp(br)
+}
+
+// wire makes a cable between the two namespaces and sets up each end.
+func (t *Twins) wire(name string, macs [2]net.HardwareAddr, setUp func(side int, nl *netlink.Handle, end netlink.Link) error) error {
+	near, err := handle(t.space)
 	if err != nil {
 		return err
 	}
-	return errors.Join(nl.LinkSetUp(lo), nl.LinkAdd(br), nl.AddrAdd(br, addr), nl.LinkSetUp(br))
+	defer near.Close()
+	far, err := handle(t.far)
+	if err != nil {
+		return err
+	}
+	defer far.Close()
+	h, err := netns.GetFromName(t.far)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	pair := &netlink.Veth{
+		LinkAttrs: netlink.LinkAttrs{Name: name, HardwareAddr: macs[0]},
+		PeerName:  name, PeerHardwareAddr: macs[1], PeerNamespace: netlink.NsFd(h),
+	}
+	if err := near.LinkAdd(pair); err != nil {
+		return fmt.Errorf("lay the cable %s: %w", name, err)
+	}
+	for side, nl := range []*netlink.Handle{near, far} {
+		end, err := nl.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(setUp(side, nl, end), nl.LinkSetUp(end)); err != nil {
+			return fmt.Errorf("set up the cable %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// neighbour says for good where a side finds the other on the link's cable.
+func neighbour(nl *netlink.Handle, end netlink.Link, side int, mac net.HardwareAddr) error {
+	return nl.NeighSet(&netlink.Neigh{
+		LinkIndex: end.Attrs().Index, State: netlink.NUD_PERMANENT, IP: net.ParseIP(linkAddresses[1-side]), HardwareAddr: mac,
+	})
+}
+
+// Cut has the network lose all that a side sends on the link; Heal undoes it. The sides must be apart.
+func (t *Twins) Cut(side int) error {
+	return t.lead(side, net.HardwareAddr{0x52, 0x54, 0, 0, 1, 0xff}) // nobody is there
+}
+
+// Heal has what a side sends on the link arrive again.
+func (t *Twins) Heal(side int) error { return t.lead(side, linkMACs[1-side]) }
+
+// lead changes where a side's part of the link leads to.
+func (t *Twins) lead(side int, mac net.HardwareAddr) error {
+	nl, err := handle(t.spaceOf(side))
+	if err != nil {
+		return err
+	}
+	defer nl.Close()
+	end, err := nl.LinkByName(cable)
+	if err != nil {
+		return err
+	}
+	return neighbour(nl, end, side, mac)
+}
+
+// spaceOf returns the namespace of a side.
+func (t *Twins) spaceOf(side int) string {
+	if side == 1 && t.far != "" {
+		return t.far
+	}
+	return t.space
 }
 
 // Close ends both sides and removes the network.
@@ -190,12 +341,18 @@ func (t *Twins) Close() error {
 			s.Kill()
 		}
 	}
-	if t.space == "" {
-		return nil
+	var errs []error
+	if t.Link != nil {
+		errs = append(errs, t.Link.Close())
+		t.Link = nil
 	}
-	name := t.space
-	t.space = ""
-	return netns.DeleteNamed(name)
+	for _, name := range []string{t.space, t.far} {
+		if name != "" {
+			errs = append(errs, netns.DeleteNamed(name))
+		}
+	}
+	t.space, t.far = "", ""
+	return errors.Join(errs...)
 }
 
 // Disk returns the path of a side's disk.
@@ -234,14 +391,17 @@ func (t *Twins) Dial(ctx context.Context, network string, port int) (c net.Conn,
 }
 
 // Enter calls f on a thread in the pair's namespace; sockets that it opens and processes that it starts stay there.
-func (t *Twins) Enter(f func() error) error {
-	if t.space == "" {
+func (t *Twins) Enter(f func() error) error { return enter(t.space, f) }
+
+// enter calls f on a thread in a namespace.
+func enter(space string, f func() error) error {
+	if space == "" {
 		return f()
 	}
 	done := make(chan error)
 	go func() {
 		runtime.LockOSThread()
-		h, err := netns.GetFromName(t.space)
+		h, err := netns.GetFromName(space)
 		if err == nil {
 			err = netns.Set(h)
 			h.Close()
@@ -281,12 +441,10 @@ func (s *Side) Start() error {
 	default:
 		args = append(args, "--nic", fmt.Sprintf("tap=tap-%s,bridge=%s", name, bridge))
 	}
-	for _, l := range o.Link {
-		if s.index == 0 {
-			args = append(args, "--listen", l)
-		} else {
-			args = append(args, "--peer", l)
-		}
+	if s.index == 0 {
+		args = append(args, "--listen", strings.Join(o.Link, ","))
+	} else {
+		args = append(args, "--peer", strings.Join(t.dial, ","))
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -299,7 +457,8 @@ func (s *Side) Start() error {
 		return errors.Join(err, r.Close(), w.Close())
 	}
 	cmd.Stdout, cmd.Stderr = stderr, stderr
-	err = t.Enter(cmd.Start)
+	began := time.Now()
+	err = enter(t.spaceOf(s.index), cmd.Start)
 	err = errors.Join(err, w.Close(), stderr.Close())
 	if err != nil {
 		r.Close()
@@ -307,7 +466,7 @@ func (s *Side) Start() error {
 	}
 	done := make(chan struct{})
 	s.mu.Lock()
-	s.cmd, s.done, s.events = cmd, done, nil
+	s.cmd, s.done, s.events, s.began = cmd, done, nil, began
 	s.mu.Unlock()
 	read := make(chan struct{})
 	go func() {
@@ -328,9 +487,10 @@ func (s *Side) Start() error {
 		<-read
 		s.mu.Lock()
 		s.exit = err
+		s.past = append(s.past, Life{began, time.Now(), s.events})
+		close(done)
 		s.seen.Broadcast()
 		s.mu.Unlock()
-		close(done)
 	}()
 	return nil
 }
@@ -394,6 +554,30 @@ func (s *Side) Events() []event.Event {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return append([]event.Event(nil), s.events...)
+}
+
+// Lives returns all lives of the side so far, the present one last.
+func (s *Side) Lives() []Life {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	lives := append([]Life(nil), s.past...)
+	if s.running() {
+		lives = append(lives, Life{Began: s.began, Events: append([]event.Event(nil), s.events...)})
+	}
+	return lives
+}
+
+// Happens waits for an event of the side's present life, from the nth on, that ready accepts, and returns its index.
+func (s *Side) Happens(ctx context.Context, what string, n int, ready func(event.Event) bool) (int, error) {
+	err := s.await(ctx, what, func() bool {
+		for ; n < len(s.events); n++ {
+			if ready(s.events[n]) {
+				return true
+			}
+		}
+		return false
+	})
+	return n, err
 }
 
 // Phase returns the side's phase as its events tell, "" before the first.
