@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ftvmm/ftvmm/tools/bench/plot"
 )
 
 // slowRuns is the most runs of a slow group.
@@ -29,6 +31,9 @@ type figure struct {
 	more     bool // more is better
 	absolute bool // there is nothing to compare with
 	peer     bool // QEMU's alone, to put ours beside: there is no target
+	shown    bool // ours alone, without a target
+	// quantile is which of the samples, in ascending order, stands for all (1: the greatest); 0: the median.
+	quantile float64
 	// plot is the picture in which the samples are a distribution, "" for none, and series what it is called there.
 	plot, series string
 }
@@ -92,20 +97,30 @@ type result struct {
 	missing    string // why there are no samples, "" if there are
 }
 
-// value returns the median of ours and of QEMU's, in the figure's unit, and the ratio to QEMU's (0 without one).
+// value returns what stands for the samples of ours and of QEMU's, in the figure's unit, and the ratio to QEMU's (0 without one).
 func (r *result) value() (ours, qemu, ratio float64) {
-	ours, qemu = median(r.ours)/r.scale, median(r.qemu)/r.scale
+	ours, qemu = r.typical(r.ours)/r.scale, r.typical(r.qemu)/r.scale
 	if qemu != 0 {
 		ratio = ours / qemu
 	}
 	return ours, qemu, ratio
 }
 
+// typical returns the sample that stands for all.
+func (f *figure) typical(samples []float64) float64 {
+	if f.quantile == 0 {
+		return median(samples)
+	}
+	s := slices.Clone(samples)
+	slices.Sort(s)
+	return plot.Quantile(s, f.quantile)
+}
+
 // verdict says whether the target is met: "yes", "no", or "-" where it cannot be said.
 func (r *result) verdict() string {
 	ours, qemu, ratio := r.value()
 	switch {
-	case r.peer, len(r.ours) == 0, !r.absolute && qemu == 0:
+	case r.peer, r.shown, len(r.ours) == 0, !r.absolute && qemu == 0:
 		return "-"
 	case r.absolute && r.met(ours), !r.absolute && r.met(ratio):
 		return "yes"
@@ -201,7 +216,7 @@ func (b *bench) sample(ctx context.Context, g group, name string, runs int, sele
 				} else {
 					r.qemu = append(r.qemu, values[index[j]]...)
 				}
-				fmt.Fprintf(&line, " %s", digits(median(values[index[j]])/r.scale))
+				fmt.Fprintf(&line, " %s", digits(r.typical(values[index[j]])/r.scale))
 			}
 			b.logf("%s %d/%d %s:%s", name, i+1, runs, v.name(), line.String())
 		}
@@ -226,6 +241,9 @@ func printTable(to io.Writer, results []result) {
 		}
 		if r.peer {
 			mine, quotient, target = "-", "-", "-"
+		}
+		if r.shown {
+			target = "-"
 		}
 		if r.missing != "" {
 			what = fmt.Sprintf("not measured, %s: %s", r.missing, what)
@@ -295,7 +313,10 @@ func newDocument(b *bench, o options, results []result) document {
 		ours, qemu, ratio := r.value()
 		f.QEMU, f.Ratio = qemu, ratio
 		if !r.peer {
-			f.Ftvmm, f.Target = &ours, &r.target
+			f.Ftvmm = &ours
+		}
+		if !r.peer && !r.shown {
+			f.Target = &r.target
 		}
 		f.Samples, f.Baseline = scaled(r.ours, r.scale), scaled(r.qemu, r.scale)
 		d.Figures = append(d.Figures, f)

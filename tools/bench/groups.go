@@ -17,7 +17,7 @@ const (
 )
 
 // groups are all measurements, in the order of the table.
-var groups = []group{
+var groups = append([]group{
 	{
 		figures: []figure{{name: "start", what: "process start to end, with a guest that ends at once", unit: "ms", scale: perMilli, target: 0.25}},
 		measure: measureStart,
@@ -56,12 +56,13 @@ var groups = []group{
 	},
 	colo(overTCP, 500), colo(overTCP, 100), colo(overTCP, 20), colo(overUNIX, 500), colo(overUNIX, 100), colo(overUNIX, 20),
 	migrate(64), migrate(256), migrate(1024),
-}
+}, lockstepGroups()...)
 
 // plots are the pictures that -svg draws, of all samples of the figures that name them.
 var plots = []struct{ name, title string }{
 	{"pauses", "How long a guest stands still while it is protected"},
 	{"takeover", "How long nothing comes from a guest that goes on elsewhere"},
+	{"delay", "From a request to its answer"},
 }
 
 func measureStart(ctx context.Context, b *bench, v vm) ([]float64, error) {
