@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"github.com/ftvmm/ftvmm/firmware"
+	"github.com/ftvmm/ftvmm/lockstep/arbiter"
+	"github.com/ftvmm/ftvmm/lockstep/link"
 	"github.com/ftvmm/ftvmm/mirror"
 	"github.com/ftvmm/ftvmm/vmm"
 	"github.com/ftvmm/ftvmm/vmm/config"
@@ -26,6 +28,8 @@ const (
 	exitNotPermitted = 5
 	exitUnreachable  = 6
 	exitTimeout      = 7 // the wait ended, the work goes on
+	exitUnsafe       = 9 // refused: the guest could split in two, or lose what it promised
+	exitVersionSkew  = 12
 	exitUnsupported  = 13
 	exitInternal     = 14
 )
@@ -77,6 +81,8 @@ func classify(err error) *failure {
 		conf     config.Errors
 		ctl      *control.Error
 		mir      *mirror.Error
+		arb      *arbiter.Error
+		lnk      *link.Error
 		firm     *firmware.Error
 		withCode = func(exit int, code, remedy string) *failure {
 			return fail(exit, code, remedy, "%v", err)
@@ -93,6 +99,14 @@ func classify(err error) *failure {
 		return f
 	case errors.As(err, &ctl):
 		return withCode(controlExit(ctl.Status), ctl.Code, ctl.Remedy)
+	case errors.As(err, &arb):
+		if errors.As(arbiterFailure(err), &f) {
+			return f
+		}
+	case errors.As(err, &lnk):
+		if errors.As(pairFailure(err), &f) {
+			return f
+		}
 	case errors.As(err, &mir):
 		return withCode(exitFailed, mir.Reason, mir.Remedy)
 	case errors.As(err, &firm):

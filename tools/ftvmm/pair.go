@@ -36,11 +36,13 @@ type pairSide struct {
 func (a *app) pairCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "pair",
-		Short: "prepare two hosts to run one guest",
-		Args:  noSuchCommand,
-		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		Short: "prepare and steer two hosts that run one guest",
+		Long: `Prepare and steer two hosts that run one guest. Make keys with pair init, run one side on each host with
+ftvmm run --pair, look at them with pair status; ftvmm failover changes sides.`,
+		Args: noSuchCommand,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	c.AddCommand(a.pairInit())
+	c.AddCommand(a.pairInit(), a.pairStatus(), a.pairForce())
 	return c
 }
 
@@ -93,7 +95,7 @@ func (a *app) makePair(name, out string, force bool) error {
 	return nil
 }
 
-// pairFailure gives a refusal of the keys its exit code and remedy.
+// pairFailure gives a refusal of the keys or of the link its exit code and remedy.
 func pairFailure(err error) error {
 	var e *link.Error
 	if !errors.As(err, &e) {
@@ -111,6 +113,16 @@ func pairFailure(err error) error {
 		remedy = "make new keys with ftvmm pair init"
 	case link.KeysReadable:
 		exit, remedy = exitNotPermitted, "run chmod 600 on the file"
+	case link.Unreachable:
+		exit, remedy = exitUnreachable, "start the other side, and check the address and the network"
+	case link.RefusedByPeer:
+		exit, remedy = exitUnreachable, "look at what the other side says"
+	case link.Untrusted, link.WrongPair, link.SameSide, link.BadCertificate, link.NotTLS:
+		exit, remedy = exitNotPermitted, "give each host its own directory of one ftvmm pair init"
+	case link.Expired, link.NotYetValid:
+		exit, remedy = exitNotPermitted, "set both hosts' clocks, or make new keys with ftvmm pair init --force"
+	case link.WrongVersion, link.BadHello:
+		exit, remedy = exitVersionSkew, "run the same version of ftvmm on both hosts"
 	}
 	return fail(exit, string(e.Reason), remedy, "%v", e.Err)
 }

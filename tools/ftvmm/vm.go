@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/ftvmm/ftvmm/vmm/config"
@@ -27,9 +28,14 @@ type vmFlags struct {
 	timeout time.Duration
 }
 
+func (f *vmFlags) add(flags *pflag.FlagSet) {
+	flags.StringVar(&f.control, "control", "", "`path` of the guest's control socket, instead of its name")
+	flags.DurationVar(&f.timeout, "timeout", 30*time.Second, "how `long` to wait for the guest; 0: without end")
+}
+
 // target takes the guest's name from the arguments, unless --control names the socket, and returns
 // the arguments that are left.
-func (f *vmFlags) target(cmd *cobra.Command, args []string) (*control.Client, []string, error) {
+func (f *vmFlags) target(ctx context.Context, cmd *cobra.Command, args []string) (*control.Client, []string, error) {
 	if f.control != "" {
 		return control.NewClient(f.control), args, nil
 	}
@@ -39,7 +45,7 @@ func (f *vmFlags) target(cmd *cobra.Command, args []string) (*control.Client, []
 	if !config.ValidName(args[0]) {
 		return nil, nil, fail(exitUsage, "bad-name", "names are lower case letters, digits and dashes; use --control PATH for a guest without a name", "%q is no name of a guest", args[0])
 	}
-	return control.NewClient(config.ControlPath(args[0])), args[1:], nil
+	return control.NewClient(findSocket(ctx, args[0])), args[1:], nil
 }
 
 func (a *app) vmCommand() *cobra.Command {
@@ -48,12 +54,12 @@ func (a *app) vmCommand() *cobra.Command {
 		Use:   "vm",
 		Short: "ask and steer a running guest",
 		Long: `Ask and steer a running guest through its control socket: that of the guest
-with this name, or the one that --control names.`,
+with this name, or the one that --control names. Of a pair, NAME is the side that is on this host, of
+two the one on which the guest runs; NAME-a and NAME-b name them.`,
 		Args: noSuchCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	c.PersistentFlags().StringVar(&f.control, "control", "", "`path` of the guest's control socket, instead of its name")
-	c.PersistentFlags().DurationVar(&f.timeout, "timeout", 30*time.Second, "how `long` to wait for the guest; 0: without end")
+	f.add(c.PersistentFlags())
 	c.AddCommand(
 		a.vmStatus(&f),
 		a.vmStats(&f),
@@ -70,7 +76,7 @@ with this name, or the one that --control names.`,
 
 // vmCall runs f with the client that args name, which must leave extra arguments.
 func (a *app) vmCall(flags *vmFlags, cmd *cobra.Command, args []string, minExtra, maxExtra int, f func(ctx context.Context, c *control.Client, extra []string) error) error {
-	client, extra, err := flags.target(cmd, args)
+	client, extra, err := flags.target(cmd.Context(), cmd, args)
 	if err != nil {
 		return err
 	}
@@ -126,7 +132,7 @@ func (a *app) vmStatus(flags *vmFlags) *cobra.Command {
 				}
 				w := tabwriter.NewWriter(a.out, 0, 8, 2, ' ', 0)
 				fmt.Fprintf(w, "name\t%s\nstate\t%s\nposition\t%s\nvirtual time\t%s\nuptime\t%s\nmemory\t%s\nvCPUs\t%d\nprocess\t%d\nversion\t%s\n",
-					st.Name, st.State, st.Position, ms(st.VirtualTimeMS), ms(st.UptimeMS), config.Size(st.MemoryBytes), st.CPUs, st.PID, st.Version)
+					st.Name, stateText(st), st.Position, ms(st.VirtualTimeMS), ms(st.UptimeMS), config.Size(st.MemoryBytes), st.CPUs, st.PID, st.Version)
 				for _, name := range st.Consoles {
 					fmt.Fprintf(w, "console\t%s\n", name)
 				}
@@ -134,6 +140,14 @@ func (a *app) vmStatus(flags *vmFlags) *cobra.Command {
 			})
 		},
 	}
+}
+
+// stateText is the state with the side of a pair.
+func stateText(st control.Status) string {
+	if st.Role == "" {
+		return string(st.State)
+	}
+	return fmt.Sprintf("%s\nrole\t%s\nside\t%s", st.State, st.Role, st.Side)
 }
 
 func ms(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
