@@ -222,6 +222,16 @@ func (m *Machine) PowerCycle() error {
 	return m.powerOn()
 }
 
+// Components returns how many devices have a state of their own.
+func (m *Machine) Components() int { return len(m.components) }
+
+// EncodeComponent returns the name and the canonical encoding of a device's state. Called on the vCPU loop, at a stop.
+func (m *Machine) EncodeComponent(i int) (name string, state []byte, err error) {
+	c := &m.components[i]
+	b, err := encMode.Marshal(c.save())
+	return c.name, b, err
+}
+
 // Fresh says whether a term has begun at this stop and its inputs have not been asked for. Called on the vCPU loop.
 func (m *Machine) Fresh() bool { return m.fresh }
 

@@ -33,6 +33,7 @@ const (
 	Here                   // a mark: the log is complete up to Pos, in the middle of an exit's waits or its segment
 	Record                 // what the exit was about, and its registers: Exit (logs with details only)
 	End                    // how the guest ended: End
+	Scrub                  // a piece of the guest's state: Piece, Sum (of a pair; recordings have none)
 )
 
 // Entry is one decoded entry. Data is that of the frame.
@@ -45,6 +46,7 @@ type Entry struct {
 	// Of a mark: Checks are those of the exits up to Pos.Exit, for Here without it; Sum is the digest at Pos.
 	Checks []uint8
 	Sum    digest.Sum
+	Piece  uint64
 	Exit   vmm.ExitRecord
 	Regs   kvm.Regs // Exit.Regs
 	End    vmm.Exit
@@ -69,6 +71,7 @@ const (
 	tagHere
 	tagRecord
 	tagEnd
+	tagScrub
 	numTags
 
 	tagMask  = 0x0f
@@ -257,6 +260,11 @@ func (e *Encoder) End(b []byte, pos vmm.Position, end vmm.Exit) []byte {
 	return appendBytes(b, []byte(end.Detail[:min(len(end.Detail), maxDetail)]))
 }
 
+// Scrub appends the hash of a piece of the guest's state.
+func (e *Encoder) Scrub(b []byte, pos vmm.Position, piece uint64, sum digest.Sum) []byte {
+	return append(binary.AppendUvarint(e.head(b, tagScrub, pos), piece), sum[:]...)
+}
+
 // Entry appends a decoded entry again.
 func (e *Encoder) Entry(b []byte, x *Entry) []byte {
 	switch x.Kind {
@@ -268,6 +276,8 @@ func (e *Encoder) Entry(b []byte, x *Entry) []byte {
 		return e.Stop(b, x.Pos, x.Stop)
 	case Closed, Here:
 		return e.Mark(b, x.Kind, x.Pos, x.Checks, x.Sum)
+	case Scrub:
+		return e.Scrub(b, x.Pos, x.Piece, x.Sum)
 	case Record:
 		r := x.Exit
 		r.Regs = &x.Regs
@@ -419,6 +429,9 @@ func (d *Decoder) Next(e *Entry) (err error) {
 			d.fail("a mark of %d exits", n)
 		}
 		e.Checks = unpackChecks(d.bytes((n*7+7)/8), int(n))
+		copy(e.Sum[:], d.bytes(uint64(len(e.Sum))))
+	case tagScrub:
+		e.Kind, e.Piece = Scrub, d.uvarint()
 		copy(e.Sum[:], d.bytes(uint64(len(e.Sum))))
 	case tagRecord:
 		e.Kind = Record

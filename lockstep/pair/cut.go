@@ -882,7 +882,7 @@ func (p *Pair) feed(a protocol.Feed) {
 				p.violation(p.conn, err)
 				return
 			}
-			if point(e.Pos) != i.Point || e.Kind != log.Sample && e.Kind != log.Input && e.Kind != log.Stop || !p.possible(&e.Input, e.Kind) {
+			if point(e.Pos) != i.Point || e.Kind != log.Sample && e.Kind != log.Input && e.Kind != log.Stop && e.Kind != log.Scrub || !p.possible(&e.Input, e.Kind) {
 				p.violation(p.conn, fmt.Errorf("an entry of kind %d at %v in an item of %v", e.Kind, e.Pos, i.Point))
 				return
 			}

@@ -60,6 +60,8 @@ type Options struct {
 	Taint bool
 	// Interval is the time between two cuts of the checkpoint engine (Commit Checkpointed); 0: DefaultInterval.
 	Interval time.Duration
+	// ScrubPeriod is the time within which all memory and device state of the two sides is compared; 0: DefaultScrubPeriod.
+	ScrubPeriod time.Duration
 	// StaleMark is the path of a file that is there while this side's disks are not a whole copy; "" keeps no mark.
 	StaleMark string
 	// VerifyCuts has the backup compare all memory and state after each cut, while both guests stand: slow, for tests.
@@ -161,6 +163,9 @@ func New(cfg *vmm.Config, o Options) (*Pair, error) {
 	if o.Interval == 0 {
 		o.Interval = DefaultInterval
 	}
+	if o.ScrubPeriod == 0 {
+		o.ScrubPeriod = DefaultScrubPeriod
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -220,6 +225,7 @@ func New(cfg *vmm.Config, o Options) (*Pair, error) {
 // side has one. Close ends it.
 func (p *Pair) Start(m *vmm.Machine) error {
 	p.m, p.world.m = m, m
+	p.world.scrub.plan(m, p.opts.ScrubPeriod)
 	side := protocol.Side(p.opts.Keys.Side)
 	cfg := protocol.DefaultConfig(side)
 	cfg.Commit, cfg.Create, cfg.Incarnation = p.opts.Commit, side == protocol.A, random()

@@ -110,6 +110,7 @@ type world struct {
 	timer     *time.Timer
 
 	recent recent
+	scrub  scrub
 
 	// The ring.
 	mu     sync.Mutex
@@ -200,12 +201,16 @@ func (w *world) close() {
 	w.closed = true
 	switch {
 	case w.logging.Load():
+		if w.cur.Count == 0 {
+			w.scrub.due(w)
+		}
 		w.flush()
 		if w.cur.Count == 0 {
 			w.tell(event{kind: evMark, point: point(w.cur), digest: protocol.Digest(w.sum.Sum()), flag: w.taint}, w.urgent)
 			w.urgent = false
 		}
 	case w.is(following) && w.cur.Count == 0:
+		w.scrub.compare(w)
 		w.check()
 	}
 }
@@ -692,6 +697,7 @@ func (w *world) Ended(e vmm.Exit) bool {
 	}
 	w.close()
 	if w.is(live) {
+		w.closed = true
 		w.tell(event{kind: evCall}, true)
 		if !w.ended.Load() {
 			w.bell.Sleep(-1)
@@ -699,7 +705,11 @@ func (w *world) Ended(e vmm.Exit) bool {
 		}
 		return w.ended.Load()
 	}
-	w.stand(mode(w.mode.Load()), func() bool { return w.ended.Load() })
+	at := point(w.cur)
+	w.stand(mode(w.mode.Load()), func() bool {
+		return w.ended.Load() || len(w.marks) > 0 && !at.Before(w.marks[0].point)
+	})
+	w.closed = false // a mark may have come for this stop, the last
 	return w.ended.Load() && !w.m.Fresh()
 }
 
