@@ -30,6 +30,9 @@ const (
 	patience = time.Millisecond
 	// cutAfter is how long it waits before a cut is asked for.
 	cutAfter = 2 * time.Millisecond
+	// cutAgain is after how long it is asked for again: it may have come at a time when there are none, such as
+	// before a joining side is official.
+	cutAgain = 5 * time.Millisecond
 	// wakeAfter is how old an event may become before the shell is woken, if nothing waits for it.
 	wakeAfter = 500 * time.Microsecond
 	// ringBytes and ringEvents bound what the shell has not taken: then the guest stands until it has.
@@ -106,7 +109,7 @@ type world struct {
 	exitSent  bool
 	stuckExit uint64
 	stuckAt   time.Time
-	cutAsked  bool
+	cutAsked  time.Time // zero: not since the term began
 	timer     *time.Timer
 
 	recent recent
@@ -275,7 +278,7 @@ func (w *world) newTerm() {
 	w.cur, w.closed = vmm.Position{}, false
 	w.sum, w.enc = digest.Digest{}, log.Encoder{}
 	w.arena, w.entries, w.completes = nil, nil, false
-	w.stuckAt, w.cutAsked = time.Time{}, false
+	w.stuckAt, w.cutAsked = time.Time{}, time.Time{}
 }
 
 // resetLog forgets the log of an ended term.
@@ -667,18 +670,21 @@ func (w *world) Next(pos vmm.Position) (s vmm.Stop, ok bool) {
 
 // Stuck asks for a cut if what waits has waited for too long.
 func (w *world) Stuck(pos vmm.Position) {
-	if !w.is(live) || !w.logging.Load() || w.cutAsked {
+	if !w.is(live) || !w.logging.Load() {
 		return
 	}
+	again := patience
 	if w.waited(pos) >= cutAfter && !w.pace.Load() {
-		w.cutAsked = true
-		w.tell(event{kind: evCall, flag: true}, true)
-		return
+		again = cutAgain
+		if time.Since(w.cutAsked) >= cutAgain {
+			w.cutAsked = time.Now()
+			w.tell(event{kind: evCall, flag: true}, true)
+		}
 	}
 	if w.timer == nil {
-		w.timer = time.AfterFunc(patience, w.bell.Ring)
+		w.timer = time.AfterFunc(again, w.bell.Ring)
 	} else {
-		w.timer.Reset(patience)
+		w.timer.Reset(again)
 	}
 }
 
