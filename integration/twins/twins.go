@@ -361,6 +361,12 @@ func (t *Twins) Disk(side int) string { return t.path("disk-" + Sides[side]) }
 // Console returns the path of the file that a side writes the guest's serial output to.
 func (t *Twins) Console(side int) string { return t.path("console-" + Sides[side]) }
 
+// Control returns the path of a side's control socket.
+func (t *Twins) Control(side int) string { return t.path("control-" + Sides[side]) }
+
+// Errors returns the path of the file that a side's standard output and error go to.
+func (t *Twins) Errors(side int) string { return t.path("stderr-" + Sides[side]) }
+
 // Log returns the path of what a side logs for debugging.
 func (t *Twins) Log(side int) string { return t.path("log-" + Sides[side]) }
 
@@ -452,6 +458,7 @@ func (s *Side) Start() error {
 	}
 	cmd := exec.Command(o.Binary, append(args, o.Flags...)...)
 	cmd.ExtraFiles = []*os.File{w}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is not for it
 	stderr, err := os.OpenFile(t.path("stderr-"+name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return errors.Join(err, r.Close(), w.Close())
