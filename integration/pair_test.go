@@ -45,7 +45,7 @@ func newTwins(t *testing.T, o twins.Options) *twins.Twins {
 	if o.Guest == "" {
 		o.Guest, o.DiskSize, o.Append = "ledgerd", twinDisk, "journal=77"
 	}
-	o.Flags = append(o.Flags, "--guest-tsc", "unused")
+	o.Flags = append(o.Flags, "--guest-tsc", "unused", "--scrub", "2s")
 	p, err := twins.New(o)
 	require.NoError(t, err)
 	t.Cleanup(func() {
@@ -62,7 +62,7 @@ func newTwins(t *testing.T, o twins.Options) *twins.Twins {
 				t.Logf("  stderr: %s", b)
 				b, _ = os.ReadFile(p.Log(i))
 				for line := range strings.Lines(string(b)) {
-					if strings.Contains(line, "msg=exit") {
+					if strings.Contains(line, "msg=exit") || strings.Contains(line, "page differs") {
 						t.Logf("  %s", line)
 					}
 				}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"time"
 
@@ -794,6 +795,9 @@ func (p *Pair) apply() {
 						return err
 					}
 				}
+				if !joining {
+					p.logPages(st)
+				}
 				for pfn, page := range st.pages {
 					if err := p.m.Memory().Write(pfn*pages.Size, page); err != nil {
 						return err
@@ -832,6 +836,28 @@ func (p *Pair) apply() {
 			})
 			return nil
 		})
+	}
+}
+
+// logPages writes down where pages that a cut replaces differ: after a divergence that is where to look.
+func (p *Pair) logPages(st *staged) {
+	if !p.log.Enabled(p.ctx, slog.LevelDebug) {
+		return
+	}
+	for pfn, page := range st.pages {
+		mine, n := p.page(pfn), 0
+		var first, last int
+		for i := range page {
+			if page[i] != mine[i] {
+				if n == 0 {
+					first = i
+				}
+				last = i
+				n++
+			}
+		}
+		p.log.Debug("page differs", "page", fmt.Sprintf("%#x", pfn*pages.Size), "bytes", n, "first", first, "last", last,
+			"here", fmt.Sprintf("%x", mine[first:min(first+16, len(mine))]), "there", fmt.Sprintf("%x", page[first:min(first+16, len(page))]))
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -30,6 +31,7 @@ type pairFlags struct {
 	tsc     string
 	log     string
 	verify  bool
+	scrub   time.Duration
 }
 
 // Choices of the flags.
@@ -46,6 +48,7 @@ func (f *pairFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.engine, "engine", engineAuto, "how the other side follows: lockstep, checkpoint or auto")
 	flags.StringVar(&f.commit, "commit", "auto", "when an output may leave: executed, received or auto")
 	flags.StringVar(&f.tsc, "guest-tsc", tscAuto, "unused says that the guest does not use RDTSC to tell time, or lets it be; auto takes no chances")
+	flags.DurationVar(&f.scrub, "scrub", pair.DefaultScrubPeriod, "the `time` within which both sides compare all memory and device state once")
 	flags.BoolVar(&f.verify, "verify-cuts", false, "compare all memory and state after each copy, for debugging: the guest stands meanwhile")
 	flags.StringVar(&f.log, "pair-log", "", "write what the pair does to this `file`, for debugging")
 }
@@ -71,6 +74,9 @@ func (f *pairFlags) check(g *config.Guest, rec *recordFlags) error {
 	}
 	if _, err := f.rule(); err != nil {
 		return err
+	}
+	if f.scrub < time.Second {
+		return wrong("take a second or more", "--scrub %v", f.scrub)
 	}
 	if f.tsc != tscAuto && f.tsc != tscUnused {
 		return wrong("say auto or unused", "--guest-tsc %q", f.tsc)
@@ -165,7 +171,7 @@ func (f *pairFlags) open(g *config.Guest, cfg *vmm.Config, events *event.Emitter
 	cfg.Counter = counter
 	s.Pair, err = pair.New(cfg, pair.Options{
 		Keys: keys, Listen: f.listen, Peer: f.peer, Arbiter: a, Commit: commit, Taint: f.tsc != tscUnused,
-		VerifyCuts: f.verify, StaleMark: filepath.Join(f.keys, "disks-not-whole"), Log: logger,
+		VerifyCuts: f.verify, ScrubPeriod: f.scrub, StaleMark: filepath.Join(f.keys, "disks-not-whole"), Log: logger,
 		Event: func(name string, fields map[string]any) { events.Emit(event.Kind(name), fields) },
 	})
 	return s, err
