@@ -4,10 +4,15 @@ package protocol
 // newest epoch known, N, to N+1. Its answer may be lost and it may take effect later; so from
 // the first request on, nobody resumes but by an answer that shows what epoch N+1 became.
 
+// A request is made again if its answer is overdue. The answer to any of them counts, for an arbiter that is slow and
+// not away may never be in time: they are about one question, which asked begins and the first answer ends.
 func (n *Node) ask(r Request) {
 	n.requests++
 	r.ID = n.requests
-	n.asked, n.askedAt = r.ID, n.now
+	if n.asked == 0 {
+		n.asked = r.ID
+	}
+	n.askedAt = n.now
 	n.do(Ask{r})
 }
 
@@ -21,6 +26,7 @@ func (n *Node) askSwap() { n.ask(Request{Swap: true, Record: n.bid}) }
 func (n *Node) propose(in Sides, primary Side) {
 	n.bids++
 	n.bid = Record{Epoch: n.record.Epoch + 1, InSync: in, Primary: primary, Nonce: n.cfg.Incarnation + n.bids}
+	n.asked = 0 // a new question
 	n.askSwap()
 }
 
@@ -52,8 +58,8 @@ func (n *Node) mayBid(r Record) bool {
 
 // Answer takes an answer of the arbiter.
 func (n *Node) Answer(a Answer) {
-	if a.ID != n.asked || n.asked == 0 {
-		return // late, or twice
+	if n.asked == 0 || a.ID < n.asked || a.ID > n.requests {
+		return // to another question, or twice
 	}
 	n.asked, n.unanswered = 0, false
 	r := a.Record
@@ -165,8 +171,8 @@ func (n *Node) polled() {
 }
 
 func (n *Node) tickArbiter() {
-	if n.asked != 0 && n.now-n.askedAt >= uint64(n.cfg.ArbiterTicks) {
-		n.asked = 0
+	overdue := n.asked != 0 && n.now-n.askedAt >= uint64(n.cfg.ArbiterTicks)
+	if overdue {
 		if !n.unanswered { // once is enough
 			n.unanswered = true
 			n.event(EventNoArbiter, "no answer for %d ticks", n.now-n.askedAt)
@@ -183,7 +189,10 @@ func (n *Node) tickArbiter() {
 		}
 		n.retryAt = n.now
 	}
-	if n.asked == 0 && n.now >= n.retryAt && (n.phase == Waiting || n.phase == Bidding || n.bid.Epoch != 0) {
+	switch {
+	case n.phase != Waiting && n.phase != Bidding && n.bid.Epoch == 0:
+		n.asked = 0 // nothing depends on the answer any more
+	case overdue, n.asked == 0 && n.now >= n.retryAt:
 		n.askRead()
 	}
 }

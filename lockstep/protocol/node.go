@@ -118,8 +118,8 @@ type Node struct {
 	record     Record // the newest that this node knows
 	bid        Record // what it is trying to swap in; Epoch 0: nothing
 	bids       uint64
-	asked      uint64 // id of the request that waits for its answer; 0: none
-	askedAt    uint64
+	asked      uint64 // id of the first request of the question that waits for its answer; 0: none
+	askedAt    uint64 // tick of the last one
 	requests   uint64
 	retryAt    uint64 // tick at which to ask again
 	idle       uint64 // tick since which there has been neither peer nor bid

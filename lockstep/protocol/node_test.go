@@ -39,3 +39,37 @@ func TestAWatermarkGoesBeforeLaterEntries(t *testing.T) {
 		})
 	}
 }
+
+// An arbiter whose answers take longer than a node's patience is slow, and decides all the same.
+func TestASlowArbiterDecides(t *testing.T) {
+	cfg := DefaultConfig(A)
+	cfg.Create = true
+	for _, late := range []int{1, cfg.ArbiterTicks - 1, cfg.ArbiterTicks + 1, 3 * cfg.ArbiterTicks, 20 * cfg.ArbiterTicks} {
+		n := New(cfg)
+		var held Record
+		answers := map[int][]Answer{} // by the tick at which they come
+		asked := 0
+		limit := cfg.ColdTicks + 10*(late+cfg.ArbiterTicks+cfg.PollTicks)
+		for now := 0; n.Phase() != Alone; now++ {
+			require.Less(t, now, limit, "no decision with answers %d ticks late", late)
+			n.Tick()
+			for _, a := range answers[now] {
+				n.Answer(a)
+			}
+			for _, a := range n.Ready() {
+				if ask, ok := a.(Ask); ok {
+					asked++
+					r := ask.Request
+					swapped := r.Swap && held.Epoch == r.Record.Epoch-1
+					if swapped {
+						held = r.Record
+					}
+					answers[now+late] = append(answers[now+late], Answer{ID: r.ID, Swapped: swapped, Record: held})
+				}
+			}
+			n.Advance()
+		}
+		require.Equal(t, Record{Epoch: 1, InSync: Only(A), Primary: A, Nonce: held.Nonce}, held)
+		require.Less(t, asked, 10+limit/cfg.ArbiterTicks, "the arbiter is asked too often")
+	}
+}
