@@ -355,10 +355,11 @@ func (w *world) ordered() bool {
 // feed gives a following guest more log.
 func (w *world) feed(entries []log.Entry, marks []mark, limit protocol.Point, hasLimit bool) error {
 	w.mu.Lock()
-	if w.head > 0 && w.head == len(w.queue) {
-		w.queue, w.head = w.queue[:0], 0
+	if w.head == len(w.queue) {
+		w.queue, w.head = entries, 0 // the vCPU loop may still look at an old one, whose place is not used again
+	} else {
+		w.queue = append(w.queue, entries...)
 	}
-	w.queue = append(w.queue, entries...)
 	w.marks = append(w.marks, marks...)
 	if hasLimit {
 		w.limit, w.hasLimit = limit, true
