@@ -441,14 +441,15 @@ func (d *demo) end(ctx context.Context, load *clients, primary int) error {
 		}
 	}
 	d.step("read the journal from both disks")
+	var errs []error
 	for i := range d.pair.Sides {
 		if err := d.check(d.pair.Disk(i), answers); err != nil {
-			return fmt.Errorf("side %s: %w", twins.Sides[i], err)
+			errs = append(errs, fmt.Errorf("disk of side %s: %w", twins.Sides[i], err))
 		}
 	}
 	d.report.DisksEqual, err = equalFiles(d.pair.Disk(0), d.pair.Disk(1))
 	d.done.Add(1)
-	return err
+	return errors.Join(append(errs, err)...)
 }
 
 // check reads a disk's journal, and counts what it lacks and what it has twice.

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -51,7 +53,13 @@ func startClients(ctx context.Context, t *twins.Twins, n int, user bool) *client
 		if user && i%2 == 1 {
 			c.transport = "udp"
 		}
-		c.Client = ledger.NewClient(uint32(1+i), func(ctx context.Context) (net.Conn, error) { return t.Dial(ctx, c.transport, demoPort) })
+		c.Client = ledger.NewClient(uint32(1+i), func(ctx context.Context) (net.Conn, error) {
+			conn, err := t.Dial(ctx, c.transport, demoPort)
+			if err == nil && c.transport == "udp" {
+				conn = impatient{conn}
+			}
+			return conn, err
+		})
 		c.Timeout = 0
 		if user {
 			c.Timeout = repeatAfter
@@ -64,6 +72,20 @@ func startClients(ctx context.Context, t *twins.Twins, n int, user bool) *client
 		}()
 	}
 	return all
+}
+
+// impatient is a socket for datagrams that breaks when no answer comes: after a switch-over the side that it leads to is
+// there and has nothing to say, and the next socket leads to the other.
+type impatient struct{ net.Conn }
+
+var errSilent = errors.New("no answer from this side")
+
+func (c impatient) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = errSilent
+	}
+	return n, err
 }
 
 func (c *client) run(ctx context.Context, account uint16, acked *atomic.Int64) {
