@@ -56,6 +56,7 @@ type pairGuest struct {
 	memory       string // default pairMemory
 	disk         int64  // bytes; 0: none
 	nic          bool
+	apart        bool     // the sides are in namespaces of their own, with a link that can be cut
 	flags        []string // more flags of a side
 }
 
@@ -76,7 +77,7 @@ func (b *bench) twins(g pairGuest) (t *twins.Twins, dir string, err error) {
 		return nil, "", err
 	}
 	t, err = twins.New(twins.Options{
-		Binary: ours.path, Dir: dir, Guest: g.name, Append: g.append, Memory: g.memoryOr(), DiskSize: g.disk, NoNIC: !g.nic,
+		Binary: ours.path, Dir: dir, Guest: g.name, Append: g.append, Memory: g.memoryOr(), DiskSize: g.disk, NoNIC: !g.nic, Apart: g.apart,
 		Flags: append([]string{"--guest-tsc", "unused"}, g.flags...),
 	})
 	return t, dir, err
@@ -85,7 +86,6 @@ func (b *bench) twins(g pairGuest) (t *twins.Twins, dir string, err error) {
 // pairRun is a pair that runs.
 type pairRun struct {
 	*twins.Twins
-	dir     string
 	primary int
 }
 
@@ -98,7 +98,7 @@ func (b *bench) withTwins(ctx context.Context, g pairGuest, f func(p *pairRun) e
 	defer func() {
 		err = errors.Join(err, t.Close(), os.RemoveAll(dir))
 	}()
-	p := &pairRun{Twins: t, dir: dir}
+	p := &pairRun{Twins: t}
 	for _, s := range t.Sides {
 		if err := s.Start(); err != nil {
 			return err
@@ -109,7 +109,7 @@ func (b *bench) withTwins(ctx context.Context, g pairGuest, f func(p *pairRun) e
 	}
 	if err != nil {
 		for i, s := range t.Sides {
-			stderr, _ := os.ReadFile(filepath.Join(dir, "stderr-"+twins.Sides[i]))
+			stderr, _ := os.ReadFile(t.Errors(i))
 			err = fmt.Errorf("%w\nside %s is %q, and said: %s", err, twins.Sides[i], s.Phase(), bytes.TrimSpace(stderr))
 		}
 	}
@@ -124,12 +124,9 @@ func (p *pairRun) complete(ctx context.Context) (err error) {
 	return err
 }
 
-// control returns the path of a side's control socket.
-func (p *pairRun) control(side int) string { return filepath.Join(p.dir, "control-"+twins.Sides[side]) }
-
 // counters returns the counters of the primary.
 func (p *pairRun) counters(ctx context.Context) (map[string]uint64, error) {
-	return countersAt(ctx, p.control(p.primary))
+	return countersAt(ctx, p.Control(p.primary))
 }
 
 func countersAt(ctx context.Context, socket string) (map[string]uint64, error) {
@@ -250,20 +247,27 @@ var roundLine = regexp.MustCompile(`round (\d+) sum`)
 // roundsOf takes the rounds that the guest compute reports for its progress. It waits for the next report.
 func roundsOf(console string) progress {
 	return func(ctx context.Context) (n float64, at time.Time, err error) {
-		before := -1
+		before := -1.0
 		err = waitUntil(ctx, "the guest reports", func() bool {
 			p, _ := os.ReadFile(console)
-			lines := roundLine.FindAllSubmatch(p, -1)
-			at = time.Now()
-			if before < 0 || len(lines) <= before {
-				before = max(before, len(lines))
-				return false
+			n, at = lastRound(p), time.Now()
+			if before < 0 {
+				before = n
 			}
-			n, _ = strconv.ParseFloat(string(lines[len(lines)-1][1]), 64)
-			return true
+			return n > before
 		})
 		return n, at, err
 	}
+}
+
+// lastRound returns the last round that the guest compute has reported, 0 if none.
+func lastRound(console []byte) float64 {
+	lines := roundLine.FindAllSubmatch(console, -1)
+	if len(lines) == 0 {
+		return 0
+	}
+	n, _ := strconv.ParseFloat(string(lines[len(lines)-1][1]), 64) // it is a number
+	return n
 }
 
 // rates returns how fast guests get on, each in its own units a second, all in the same window.
@@ -322,7 +326,7 @@ func lockstepGroups() (all []group) {
 	for _, n := range []int{20, 100, 1000} {
 		all = append(all, cuts(n))
 	}
-	return append(all, ledgerThroughput(), outputDelay(1), outputDelay(delayClients), killGaps(), freezeGaps(), backupReturns())
+	return append(all, ledgerThroughput(), outputDelay(1), outputDelay(delayClients), killGaps(), freezeGaps(), cutGaps(), backupReturns())
 }
 
 // protectedExits measures a guest whose progress are its exits, and what of it is logged: at most 16 bytes for an exit with
@@ -353,7 +357,7 @@ func protectedExits(guest, words, name, what string, target float64, inputs bool
 				if err != nil {
 					return err
 				}
-				r, err := rates(ctx, exitsOf(p.control(p.primary)))
+				r, err := rates(ctx, exitsOf(p.Control(p.primary)))
 				if err != nil {
 					return err
 				}

@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -19,6 +21,7 @@ const (
 	gapClients   = 2
 	killTrials   = 34 // a run: three runs make more than 100
 	freezeTrials = 4
+	cutTrials    = 4
 	returnTrials = 4
 	// answersBetween is how many answers each client has before the next trial, and answersAfter how many from the one side that is left.
 	answersBetween, answersAfter = 100, 20
@@ -50,30 +53,56 @@ func gapFigures(name, what string, half, most float64) []figure {
 // killGaps measures the loss of the primary's host by the end of its process.
 func killGaps() group {
 	return group{
-		figures: gapFigures("lockstep-kill", "host killed", 10, 100), lockstep: true,
+		figures: append(gapFigures("lockstep-kill", "host killed", 10, 100),
+			shownFigure(figure{name: "lockstep-kill-notice", what: "host killed: until the other side knows (its link has ended)", unit: "ms", scale: perMilli}),
+			shownFigure(figure{name: "lockstep-kill-live", what: "host killed: until the other side is live", unit: "ms", scale: perMilli})),
+		lockstep: true,
 		spread: func(ctx context.Context, b *bench, _ vm) ([][]float64, error) {
-			return b.gaps(ctx, killTrials, func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error) {
+			var notice, live []float64
+			values, err := b.gaps(ctx, ledgerGuest(), killTrials, func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error) {
 				victim := p.primary
 				at := time.Now()
 				p.Sides[victim].Kill()
 				if err := l.more(ctx, answersAfter); err != nil {
 					return at, err
 				}
+				lost, alone := p.steps(1-victim, at)
+				notice, live = append(notice, lost.Sub(at).Seconds()), append(live, alone.Sub(at).Seconds())
 				if err := p.Sides[victim].Start(); err != nil {
 					return at, err
 				}
 				return at, p.taken(ctx, victim, f)
 			})
+			return append(values, notice, live), err
 		},
 	}
+}
+
+// steps returns when a side, after a moment, had lost its link, and when it was live.
+func (p *pairRun) steps(side int, after time.Time) (lost, live time.Time) {
+	lost, live = after, after
+	for _, e := range p.Sides[side].Events() {
+		text, _ := e.Attrs["text"].(string)
+		switch {
+		case e.Time.Before(after):
+		case e.Kind == event.PairLinkLost && lost == after:
+			lost = e.Time
+		case e.Kind == event.PairPhase && strings.HasSuffix(text, "-> alone") && live == after:
+			live = e.Time
+		}
+	}
+	return lost, live
 }
 
 // freezeGaps measures a primary whose host stands still, and goes on when the other side is live.
 func freezeGaps() group {
 	return group{
-		figures: gapFigures("lockstep-freeze", "host frozen", 0, 600), lockstep: true,
+		figures: append(gapFigures("lockstep-freeze", "host frozen", 0, 600),
+			shownFigure(figure{name: "lockstep-freeze-late", what: "host frozen: frames that it lets out when it wakes; the other side has sent the same", unit: "", scale: 1, quantile: 1})),
+		lockstep: true,
 		spread: func(ctx context.Context, b *bench, _ vm) ([][]float64, error) {
-			return b.gaps(ctx, freezeTrials, func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error) {
+			var late []float64
+			values, err := b.gaps(ctx, ledgerGuest(), freezeTrials, func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error) {
 				victim := p.primary
 				at := time.Now()
 				if err := p.Sides[victim].Signal(syscall.SIGSTOP); err != nil {
@@ -96,10 +125,38 @@ func freezeGaps() group {
 					return at, err
 				}
 				after, err := p.sent(victim)
-				if after != before {
-					f.found("the frozen side let out %d frames of its guest when it woke", after-before)
-				}
+				late = append(late, float64(after-before))
 				return at, err
+			})
+			return append(values, late), err
+		},
+	}
+}
+
+// cutGaps measures a pair whose link loses everything; the arbiter decides which side goes on.
+func cutGaps() group {
+	g := ledgerGuest()
+	g.apart = true
+	return group{
+		figures: gapFigures("lockstep-cut", "link cut", 0, 600), lockstep: true,
+		spread: func(ctx context.Context, b *bench, _ vm) ([][]float64, error) {
+			return b.gaps(ctx, g, cutTrials, func(p *pairRun, l *ledgerLoad, _ *faults) (time.Time, error) {
+				at := time.Now()
+				if err := errors.Join(p.Cut(0), p.Cut(1)); err != nil {
+					return at, err
+				}
+				if err := waitUntil(ctx, "a side goes on alone", func() bool {
+					return p.Sides[0].Phase() == "alone" || p.Sides[1].Phase() == "alone"
+				}); err != nil {
+					return at, err
+				}
+				if err := l.more(ctx, answersAfter); err != nil {
+					return at, err
+				}
+				if err := errors.Join(p.Heal(0), p.Heal(1)); err != nil {
+					return at, err
+				}
+				return at, p.complete(ctx)
 			})
 		},
 	}
@@ -129,10 +186,15 @@ func (p *pairRun) sent(side int) (n uint64, err error) {
 }
 
 // gaps makes trials with a ledger under load. Each loses a side, has it come back, and says when it was lost.
-func (b *bench) gaps(ctx context.Context, trials int, trial func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error)) (values [][]float64, err error) {
+func (b *bench) gaps(ctx context.Context, g pairGuest, trials int, trial func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error)) (values [][]float64, err error) {
 	f := &faults{log: b.logf}
 	var gaps []float64
-	err = b.withTwins(ctx, ledgerGuest(), func(p *pairRun) error {
+	err = b.withTwins(ctx, g, func(p *pairRun) error {
+		watch, err := p.Watch()
+		if err != nil {
+			return err
+		}
+		defer watch.Close()
 		l := startLedger(ctx, gapClients, ledgerDial(p.Twins, twins.GuestAddress))
 		defer l.stop()
 		for n := range trials {
@@ -150,6 +212,9 @@ func (b *bench) gaps(ctx context.Context, trials int, trial func(p *pairRun, l *
 			gaps = append(gaps, longest.Seconds())
 		}
 		answers, broken := l.stop()
+		if _, conflicts := watch.Close(); len(conflicts) > 0 {
+			f.found("the guest has sent different bytes in the same place: %s", conflicts[0])
+		}
 		if broken > 0 {
 			f.found("%d connections broke", broken)
 		}

@@ -15,7 +15,7 @@ import (
 
 const (
 	ledgerPort    = 7000
-	ledgerDisk    = 8 << 20
+	ledgerDisk    = 64 << 20 // a journal that does not fill meanwhile
 	ledgerWords   = "journal=77"
 	ledgerClients = 4 // of each guest
 	delayClients  = 4 // of each guest, where it is under load
