@@ -128,7 +128,9 @@ func (m *Machine) loop() error {
 		if m.async != nil {
 			if to, ok := m.async.Next(m.pos); ok {
 				if err := m.land(to); err != nil {
-					return err
+					if s, ok := m.source.(Misser); !ok || !errors.Is(err, ErrLanding) || !s.Missed(err) {
+						return err
+					}
 				}
 				continue
 			}

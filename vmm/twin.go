@@ -19,6 +19,13 @@ var ErrStandby = errors.New("vmm: this machine follows another one: ask that one
 // readOnlyData is the type of a data segment that is accessed and cannot be written (Intel SDM volume 3, 3.4.5.1).
 const readOnlyData = 1
 
+// Misser is an [InputSource] that can go on when a landing fails.
+type Misser interface {
+	// Missed is told of an error that is ErrLanding. If it returns true the loop goes on from where the guest is; the
+	// source sees to it that it comes no further.
+	Missed(err error) bool
+}
+
 // Ender is an [InputSource] that has a say in the guest's end.
 type Ender interface {
 	// Ended is called on the vCPU loop when the guest has ended, and may wait. If it returns false the machine

@@ -412,14 +412,19 @@ func (w *world) Anywhere() bool { return w.is(live) && (w.checkpoint || !w.loggi
 func (w *world) EveryStop() bool { return !w.is(live) || w.in.EveryStop() }
 
 func (w *world) Take(pos vmm.Position, next int64, buf []vmm.Input) []vmm.Input {
+	n := len(buf)
 	if !w.is(live) {
 		var ok bool
-		if buf, ok = w.follow(pos, buf); ok || !w.is(live) {
+		switch buf, ok = w.follow(pos, buf); {
+		case ok:
 			return buf
+		case !w.is(live) || w.m.Fresh():
+			return buf[:n] // of a stop that is void
 		}
+		// The guest has become live in the middle: what was taken from the log counts.
 	}
 	w.at(pos)
-	n := len(buf)
+	n = len(buf)
 	buf = w.in.Take(pos, next, buf)
 	if len(buf) > n {
 		w.stuckAt = time.Time{}
@@ -667,6 +672,15 @@ func (w *world) Next(pos vmm.Position) (s vmm.Stop, ok bool) {
 		return w.hasLimit && w.limit.Exit > pos.Exit
 	})
 	return s, ok && w.is(following)
+}
+
+// Missed says that the guest does not come to a stop where the log has it.
+func (w *world) Missed(err error) bool {
+	if !w.is(following) {
+		return false
+	}
+	w.differs(err.Error())
+	return true
 }
 
 // Stuck asks for a cut if what waits has waited for too long.
