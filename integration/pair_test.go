@@ -17,6 +17,7 @@ import (
 
 	"github.com/ftvmm/ftvmm/integration/guests/ledger"
 	"github.com/ftvmm/ftvmm/integration/twins"
+	"github.com/ftvmm/ftvmm/vmm/event"
 )
 
 // ftvmm builds the command, once.
@@ -45,7 +46,7 @@ func newTwins(t *testing.T, o twins.Options) *twins.Twins {
 	if o.Guest == "" {
 		o.Guest, o.DiskSize, o.Append = "ledgerd", twinDisk, "journal=77"
 	}
-	o.Flags = append(o.Flags, "--guest-tsc", "unused", "--scrub", "2s")
+	o.Flags = append([]string{"--guest-tsc", "unused", "--scrub", "2s"}, o.Flags...)
 	p, err := twins.New(o)
 	require.NoError(t, err)
 	t.Cleanup(func() {
@@ -232,3 +233,39 @@ func endTwins(t *testing.T, ctx context.Context, p *twins.Twins, primary int) {
 }
 
 const sigterm = syscall.SIGTERM
+
+// The other ways to follow: by cuts alone, with a clock that cannot be trapped (a cut for each output), and with outputs
+// that leave when the backup has the log.
+func TestPairInEachMode(t *testing.T) {
+	for name, flags := range map[string][]string{
+		"checkpoint": {"--engine", "checkpoint"},
+		"tainted":    {"--guest-tsc", "auto"},
+		"received":   {"--commit", "received"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			p := newTwins(t, twins.Options{Flags: flags})
+			primary := startTwins(t, ctx, p)
+			c := startLoad(ctx, p, 1)
+			for range 2 {
+				c.after(t)
+				p.Sides[primary].Kill()
+				gap, _ := c.after(t)
+				t.Logf("gap %v", gap)
+				require.NoError(t, p.Sides[primary].Start())
+				_, err := p.Protected(ctx)
+				require.NoError(t, err)
+				primary = 1 - primary
+			}
+			answers := c.stop(t)
+			require.Equal(t, 1, c.client.Connects, "the connection broke")
+			for _, s := range p.Sides {
+				require.Zero(t, s.Count(event.PairDivergence), "the sides differ")
+			}
+			endTwins(t, ctx, p, primary)
+			requireCovered(t, p.Disk(0), answers)
+			requireEqualDisks(t, p)
+		})
+	}
+}
