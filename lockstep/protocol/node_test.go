@@ -73,3 +73,31 @@ func TestASlowArbiterDecides(t *testing.T) {
 		require.Less(t, asked, 10+limit/cfg.ArbiterTicks, "the arbiter is asked too often")
 	}
 }
+
+// What a guest gets between two exits has no watermark before the next exit: to wait until it is executed would be to
+// wait for ever, as the guest would wait, too. If it is much, a cut takes it to the backup.
+func TestAGuestDoesNotWaitForLogBetweenExits(t *testing.T) {
+	cfg := DefaultConfig(A)
+	for _, size := range []int{10, cfg.LeadBytes} {
+		n := New(cfg)
+		at := Point{Exit: 5}
+		n.conn, n.phase, n.logging, n.base, n.lastMark, n.executed, n.received = 1, Protected, true, true, at, at, at
+		cut := false
+		for range 10 {
+			n.Log(at, make([]byte, size/2), false)
+			for range cfg.LeadTicks {
+				n.Tick()
+				n.Step(1, Message{Type: MsgHeartbeat, From: B})
+			}
+			for _, a := range n.Ready() {
+				if s, ok := a.(Send); ok && s.Message.Type == MsgCutAsk {
+					cut = true
+				}
+				p, ok := a.(Pace)
+				require.False(t, ok && p.Wait && !cut, "the guest waits with %d bytes", size)
+			}
+			n.Advance()
+		}
+		require.Equal(t, size > 10, cut)
+	}
+}

@@ -143,8 +143,12 @@ func (n *Node) pace() {
 	if len(n.outputs) > 0 {
 		limit = n.cfg.TightTicks
 	}
-	late := len(n.lead) > 0 && n.now-n.lead[0].tick > uint64(limit)
-	wait := n.logging && (late || n.leadSize+n.size > n.cfg.LeadBytes || n.bytes > n.cfg.GateBytes)
+	late := n.runnable() && n.now-n.lead[0].tick > uint64(limit)
+	much := n.leadSize+n.size > n.cfg.LeadBytes
+	wait := n.logging && (late || much || n.bytes > n.cfg.GateBytes)
+	if wait && much && n.phase == Protected && n.mark == nil && !n.executed.Before(n.lastMark) {
+		n.beginCut("much log in one segment")
+	}
 	if wait == n.waiting {
 		return
 	}
@@ -152,9 +156,15 @@ func (n *Node) pace() {
 	n.do(Pace{wait})
 }
 
+// runnable reports whether the oldest log that is not known to be executed can be: there is a watermark behind it. What
+// the guest gets between two exits has none before the next exit, and a guest that waits does not come there.
+func (n *Node) runnable() bool {
+	return len(n.lead) > 0 && n.executed.Before(n.lead[0].upTo)
+}
+
 // watch tells apart a backup that is slow from one that is dead: this one's heartbeats come.
 func (n *Node) watch() {
-	slow := n.logging && n.cut == noCut && len(n.lead) > 0 && n.now-n.lead[0].tick >= uint64(n.cfg.SuspectTicks) && !n.suspect
+	slow := n.logging && n.cut == noCut && n.runnable() && n.now-n.lead[0].tick >= uint64(n.cfg.SuspectTicks) && !n.suspect
 	if slow && !n.slow {
 		n.event(EventSlow, "backup is alive at %v, primary at %v", n.executed, n.lastMark)
 	}
