@@ -3,9 +3,11 @@ package main
 import (
 	"bytes"
 	"errors"
+	"net"
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -26,11 +28,19 @@ func scripts(t *testing.T, dir string) {
 		RequireExplicitExec: true,
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("XDG_RUNTIME_DIR", env.WorkDir+"/run")
+			// An address for the link of a pair, at which nobody else listens.
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				return err
+			}
+			env.Setenv("ADDRESS", l.Addr().String())
+			l.Close()
 			return os.Mkdir(env.WorkDir+"/run", 0o700)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits":   exits,
 			"waitfor": waitFor,
+			"until":   until,
 		},
 	})
 }
@@ -59,12 +69,27 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// patience bounds the wait for another process.
+const patience = 30 * time.Second
+
+// until runs a command again and again until it succeeds and says a text: "until alone ftvmm pair status db".
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: until TEXT COMMAND…")
+	}
+	for start := time.Now(); time.Since(start) < patience; {
+		if ts.Exec(args[1], args[2:]...) == nil && strings.Contains(ts.ReadFile("stdout"), args[0]) {
+			return
+		}
+	}
+	ts.Fatalf("it does not say %q", args[0])
+}
+
 // waitFor waits until a file exists and contains a text.
 func waitFor(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 2 {
 		ts.Fatalf("usage: waitfor FILE TEXT")
 	}
-	const patience = 30 * time.Second
 	for start := time.Now(); time.Since(start) < patience; {
 		b, err := os.ReadFile(ts.MkAbs(args[0]))
 		if err == nil && bytes.Contains(b, []byte(args[1])) {
