@@ -126,9 +126,13 @@ func (r *running) await(ctx context.Context, ch <-chan struct{}, what string) er
 // firmware boots SeaBIOS to its end on a serial console.
 func (d *demo) firmware(ctx context.Context) error {
 	path, err := firmware.FindSeaBIOS()
-	if err != nil {
-		d.say("   there is no SeaBIOS on this host: its boot is left out")
+	var missing *firmware.Error
+	if errors.As(err, &missing) {
+		d.say("   its boot is left out: %v", missing)
 		return nil
+	}
+	if err != nil {
+		return err
 	}
 	image, err := firmware.ReadImage(path)
 	if err != nil {
