@@ -27,6 +27,7 @@ const (
 	pairWindow   = 2 * time.Second        // of a measurement of throughput
 	pairPatience = 30 * time.Second       // for a pair to be complete, or for a guest to answer
 	pairPoll     = time.Millisecond
+	lastEvents   = 10 // of a side, that are shown with a failure
 )
 
 // alone completes a figure of ours that has nothing beside it.
@@ -111,6 +112,10 @@ func (b *bench) withTwins(ctx context.Context, g pairGuest, f func(p *pairRun) e
 		for i, s := range t.Sides {
 			stderr, _ := os.ReadFile(t.Errors(i))
 			err = fmt.Errorf("%w\nside %s is %q, and said: %s", err, twins.Sides[i], s.Phase(), bytes.TrimSpace(stderr))
+			events := s.Events()
+			for _, e := range events[max(0, len(events)-lastEvents):] {
+				err = fmt.Errorf("%w\n  %s %s %v", err, e.Time.Format("15:04:05.000"), e.Kind, e.Attrs)
+			}
 		}
 	}
 	return err
