@@ -738,7 +738,12 @@ func (w *world) Ended(e vmm.Exit) bool {
 func (w *world) more() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.peek() != nil || w.hasLimit && point(w.cur).Before(w.limit)
+	for i := w.head; i < len(w.queue); i++ {
+		if e := &w.queue[i]; e.Kind != log.Scrub || e.Pos != w.cur { // those are dealt with when the stop ends
+			return true
+		}
+	}
+	return w.hasLimit && point(w.cur).Before(w.limit)
 }
 
 // --- vmm.OutputSink -----------------------------------------------------------------------------
