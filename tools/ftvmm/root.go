@@ -45,6 +45,7 @@ func (a *app) root() *cobra.Command {
 		Long: `ftvmm runs virtual machines under KVM.
 
 Try:
+  ftvmm demo
   ftvmm run --guest hello`,
 		SilenceErrors: true,
 		SilenceUsage:  true,

@@ -375,7 +375,11 @@ func (r *runner) signals() (stop func()) {
 		if _, ok := <-ch; !ok {
 			return
 		}
-		r.note("power button pressed; once more ends the guest at once\r")
+		if s := r.twin.Load(); s != nil && !s.Live() {
+			r.note("this side ends; it does not run the guest\r")
+		} else {
+			r.note("power button pressed; once more ends the guest at once\r")
+		}
 		r.pressPower()
 		if _, ok := <-ch; !ok {
 			return
