@@ -101,7 +101,7 @@ func TestPairSurvivesTheLossOfAJoiningSide(t *testing.T) {
 	x.whole()
 	whole := x.Link.Passed(x.primary) - sent
 	x.Logf("a join takes %d bytes", whole)
-	n := int64(often(4, 16))
+	n := int64(often(3, 16))
 	for k := range n {
 		x.Sides[victim].Kill()
 		x.alone(x.primary)
@@ -162,7 +162,7 @@ func TestPairSurvivesTheLossOfTheSideThatIsJoined(t *testing.T) {
 // A side dies while a cut is on its way to the backup, which has a part of it and drops that.
 func TestPairSurvivesTheLossOfASideDuringACut(t *testing.T) {
 	x := newTrial(t, twins.Options{Proxied: true, Flags: []string{"--engine", "checkpoint"}}, 2)
-	for k := range often(6, 40) {
+	for k := range often(4, 40) {
 		victim, from := x.primary, x.primary
 		if k%3 == 2 {
 			victim = x.backup()
@@ -192,9 +192,12 @@ func TestPairSurvivesTheLossOfAPrimaryThatIsAhead(t *testing.T) {
 	for _, engine := range []string{"lockstep", "checkpoint"} {
 		t.Run(engine, func(t *testing.T) {
 			x := newTrial(t, twins.Options{Proxied: true, Flags: []string{"--engine", engine}}, 2)
-			for k := range often(2, 10) {
-				for _, from := range []int{x.primary, x.backup()} {
-					victim := x.primary
+			for k := range often(1, 10) {
+				for _, ahead := range []bool{true, false} {
+					victim, from := x.primary, x.backup()
+					if ahead {
+						from = victim
+					}
 					x.Link.Hold(from)
 					if from == victim {
 						// Within the time in which the backup still believes in the link, if all goes well.
@@ -221,7 +224,10 @@ func TestPairSurvivesTheLossOfAPrimaryThatIsAhead(t *testing.T) {
 func TestPairSurvivesTheLossOfBothSides(t *testing.T) {
 	x := newTrial(t, twins.Options{}, 2)
 	x.wake()
-	for k := range often(4, 16) {
+	for k := range often(2, 16) {
+		if !slow {
+			k *= 3 // one of each
+		}
 		first := x.primary
 		if k&1 != 0 {
 			first = x.backup()
