@@ -219,7 +219,7 @@ func (p *Pair) precopy() {
 		began := time.Now()
 		d := p.world.disks
 		d.setTracking(trackRanges)
-		d.barrier() // what was on its way to a disk before has been noted nowhere: it must be there before the disk is read
+		d.barrier()                     // what was on its way to a disk before has been noted nowhere: it must be there before the disk is read
 		if err := p.loop(func() error { // from here on writes to memory are seen
 			if err := p.takeDirty(); err != nil {
 				return err

@@ -65,8 +65,7 @@ func (s *scrub) piece(i uint64) (sum digest.Sum, what string, err error) {
 }
 
 // due logs the next piece, if it is time.
-func (s *scrub) due(w *world) {
-	now := time.Now()
+func (s *scrub) due(w *world, now time.Time) {
 	if now.Sub(s.last) < s.pause {
 		return
 	}

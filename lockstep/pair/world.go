@@ -28,8 +28,11 @@ const (
 const (
 	// patience is how long something waits for a synchronous exit before a stop between two exits is named.
 	patience = time.Millisecond
-	// cutAfter is how long it waits before a cut is asked for.
-	cutAfter = 2 * time.Millisecond
+	// cutAfter is how long it waits before a cut is asked for, or, in a guest that makes exits, twice as long as it
+	// lately took to come to the next one, up to maxCutAfter: a cut makes the guest slow for a while, since its first writes to
+	// each page fault, and so the next cut likelier.
+	cutAfter    = 2 * time.Millisecond
+	maxCutAfter = 10 * time.Millisecond
 	// cutAgain is after how long it is asked for again: it may have come at a time when there are none, such as
 	// before a joining side is official.
 	cutAgain = 5 * time.Millisecond
@@ -103,6 +106,7 @@ type world struct {
 	completes bool
 	urgent    bool // somebody waits for what the guest makes of an input: it would be lost with this host
 	time      int64
+	skew      int64 // a fault that was injected
 	offloads  map[int]vmm.Offloads
 	entropy   map[uint64]int
 	reissuing bool
@@ -112,8 +116,10 @@ type world struct {
 	cutAsked  time.Time // zero: not since the term began
 	timer     *time.Timer
 
-	recent recent
-	scrub  scrub
+	closedAt time.Time     // the last stop
+	gap      time.Duration // between stops, the longest of late
+	recent   recent
+	scrub    scrub
 
 	// The ring.
 	mu     sync.Mutex
@@ -204,8 +210,15 @@ func (w *world) close() {
 	w.closed = true
 	switch {
 	case w.logging.Load():
+		now := time.Now()
+		if gap := now.Sub(w.closedAt); gap > w.gap {
+			w.gap = gap
+		} else {
+			w.gap -= w.gap / 64
+		}
+		w.closedAt = now
 		if w.cur.Count == 0 {
-			w.scrub.due(w)
+			w.scrub.due(w, now)
 		}
 		w.flush()
 		if w.cur.Count == 0 {
@@ -278,6 +291,7 @@ func (w *world) newTerm() {
 	w.cur, w.closed = vmm.Position{}, false
 	w.sum, w.enc = digest.Digest{}, log.Encoder{}
 	w.arena, w.entries, w.completes = nil, nil, false
+	w.skew = 0
 	w.stuckAt, w.cutAsked = time.Time{}, time.Time{}
 }
 
@@ -534,7 +548,7 @@ func (w *world) accept(in *vmm.Input) bool {
 			return false
 		}
 		w.time = max(w.time, in.Time)
-		in.Time = w.time
+		in.Time = w.time + w.skew
 	case vmm.InputDisk:
 		q := w.disks.taken(int(in.Device), in.Tag)
 		if q == nil {
@@ -565,7 +579,7 @@ func (w *world) Sample(pos vmm.Position) int64 {
 			return w.time
 		}
 		w.time = max(w.time, e.Time)
-		return w.time
+		return w.time + w.skew
 	}
 	t := w.in.Sample(pos)
 	w.time = t
@@ -606,6 +620,7 @@ func (w *world) Wait(pos vmm.Position, next int64) {
 			w.tell(event{kind: evCall}, true) // the guest is idle: let the peer know how far it is
 		}
 		w.in.Wait(pos, next)
+		w.closedAt = time.Now()
 	}
 }
 
@@ -689,7 +704,7 @@ func (w *world) Stuck(pos vmm.Position) {
 		return
 	}
 	again := patience
-	if w.waited(pos) >= cutAfter && !w.pace.Load() {
+	if w.waited(pos) >= min(max(cutAfter, 2*w.gap), maxCutAfter) && !w.pace.Load() {
 		again = cutAgain
 		if time.Since(w.cutAsked) >= cutAgain {
 			w.cutAsked = time.Now()
