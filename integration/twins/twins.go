@@ -458,14 +458,13 @@ func (s *Side) Start() error {
 	}
 	cmd := exec.Command(o.Binary, append(args, o.Flags...)...)
 	cmd.ExtraFiles = []*os.File{w}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is not for it
 	stderr, err := os.OpenFile(t.path("stderr-"+name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return errors.Join(err, r.Close(), w.Close())
 	}
 	cmd.Stdout, cmd.Stderr = stderr, stderr
 	began := time.Now()
-	err = enter(t.spaceOf(s.index), cmd.Start)
+	ended, err := run(t.spaceOf(s.index), cmd)
 	err = errors.Join(err, w.Close(), stderr.Close())
 	if err != nil {
 		r.Close()
@@ -490,7 +489,7 @@ func (s *Side) Start() error {
 		}
 	}()
 	go func() {
-		err := cmd.Wait()
+		err := <-ended
 		<-read
 		s.mu.Lock()
 		s.exit = err
@@ -500,6 +499,34 @@ func (s *Side) Start() error {
 		s.mu.Unlock()
 	}()
 	return nil
+}
+
+// run starts a command in a namespace, and tells its end. The command is killed if this process dies, however that
+// happens; Linux takes the death of the thread that started it for that (prctl(2), PR_SET_PDEATHSIG), so the thread stays.
+func run(space string, cmd *exec.Cmd) (ended <-chan error, err error) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setpgid:   true, // Ctrl-C is not for it
+		Pdeathsig: syscall.SIGKILL,
+	}
+	started, end := make(chan error, 1), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		runs := false
+		err := enter(space, func() error {
+			if err := cmd.Start(); err != nil {
+				return err
+			}
+			runs = true
+			started <- nil
+			return cmd.Wait()
+		})
+		if !runs {
+			started <- err
+		}
+		end <- err
+	}()
+	return end, <-started
 }
 
 // Running says whether the side's process is there.

@@ -31,7 +31,7 @@ const (
 	maxDemoTrials  = 200
 	// demoDisk and demoDiskTrial are the bytes of a side's disk, and more for each trial: the journal grows all the time.
 	demoDisk      = 16 << 20
-	demoDiskTrial = 2 << 20
+	demoDiskTrial = 4 << 20
 	// demoPatience bounds each wait for a guest or a side, on hosts that are slow or busy.
 	demoPatience = time.Minute
 	// calm is how long clients are watched while nothing happens.
