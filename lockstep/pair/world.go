@@ -624,6 +624,13 @@ func (w *world) Wait(pos vmm.Position, next int64) {
 	}
 }
 
+// Linger passes on that an answer to what the guest has sent may come at once: a guest that nobody follows waits for it.
+func (w *world) Linger() {
+	if w.is(live) && !w.logging.Load() {
+		w.in.Linger()
+	}
+}
+
 func (w *world) Applied(inputs []vmm.Input) {
 	if w.is(live) {
 		w.in.Applied(inputs)
