@@ -55,25 +55,31 @@ func killGaps() group {
 	return group{
 		figures: append(gapFigures("lockstep-kill", "host killed", 10, 100),
 			shownFigure(figure{name: "lockstep-kill-notice", what: "host killed: until the other side knows (its link has ended)", unit: "ms", scale: perMilli}),
-			shownFigure(figure{name: "lockstep-kill-live", what: "host killed: until the other side is live", unit: "ms", scale: perMilli})),
+			shownFigure(figure{name: "lockstep-kill-live", what: "host killed: until the other side is live", unit: "ms", scale: perMilli}),
+			shownFigure(figure{name: "lockstep-kill-rejoin", what: "… and started again: the longest time without an answer until the pair is complete", unit: "ms", scale: perMilli})),
 		lockstep: true,
 		spread: func(ctx context.Context, b *bench, _ vm) ([][]float64, error) {
-			var notice, live []float64
-			values, err := b.gaps(ctx, ledgerGuest(), killTrials, func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error) {
-				victim := p.primary
-				at := time.Now()
+			var notice, live, rejoin []float64
+			values, err := b.gaps(ctx, ledgerGuest(), killTrials, func(p *pairRun, l *ledgerLoad, f *faults) (gap time.Duration, err error) {
+				victim, at := p.primary, time.Now()
 				p.Sides[victim].Kill()
-				if err := l.more(ctx, answersAfter); err != nil {
-					return at, err
+				if gap, err = l.gap(ctx, at); err != nil {
+					return gap, err
 				}
 				lost, alone := p.steps(1-victim, at)
 				notice, live = append(notice, lost.Sub(at).Seconds()), append(live, alone.Sub(at).Seconds())
+				at = time.Now()
 				if err := p.Sides[victim].Start(); err != nil {
-					return at, err
+					return gap, err
 				}
-				return at, p.taken(ctx, victim, f)
+				if err := p.taken(ctx, victim, f); err != nil {
+					return gap, err
+				}
+				back, err := l.gap(ctx, at)
+				rejoin = append(rejoin, back.Seconds())
+				return gap, err
 			})
-			return append(values, notice, live), err
+			return append(values, notice, live, rejoin), err
 		},
 	}
 }
@@ -102,31 +108,30 @@ func freezeGaps() group {
 		lockstep: true,
 		spread: func(ctx context.Context, b *bench, _ vm) ([][]float64, error) {
 			var late []float64
-			values, err := b.gaps(ctx, ledgerGuest(), freezeTrials, func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error) {
-				victim := p.primary
-				at := time.Now()
+			values, err := b.gaps(ctx, ledgerGuest(), freezeTrials, func(p *pairRun, l *ledgerLoad, f *faults) (gap time.Duration, err error) {
+				victim, at := p.primary, time.Now()
 				if err := p.Sides[victim].Signal(syscall.SIGSTOP); err != nil {
-					return at, err
+					return 0, err
 				}
-				if err := l.more(ctx, answersAfter); err != nil {
-					return at, err
+				if gap, err = l.gap(ctx, at); err != nil {
+					return gap, err
 				}
 				before, err := p.sent(victim)
 				if err != nil {
-					return at, err
+					return gap, err
 				}
 				if err := p.Sides[victim].Signal(syscall.SIGCONT); err != nil {
-					return at, err
+					return gap, err
 				}
 				if err := p.Sides[victim].Await(ctx, "joining", "backup"); err != nil {
-					return at, err
+					return gap, err
 				}
 				if err := p.taken(ctx, victim, f); err != nil {
-					return at, err
+					return gap, err
 				}
 				after, err := p.sent(victim)
 				late = append(late, float64(after-before))
-				return at, err
+				return gap, err
 			})
 			return append(values, late), err
 		},
@@ -140,23 +145,23 @@ func cutGaps() group {
 	return group{
 		figures: gapFigures("lockstep-cut", "link cut", 0, 600), lockstep: true,
 		spread: func(ctx context.Context, b *bench, _ vm) ([][]float64, error) {
-			return b.gaps(ctx, g, cutTrials, func(p *pairRun, l *ledgerLoad, _ *faults) (time.Time, error) {
+			return b.gaps(ctx, g, cutTrials, func(p *pairRun, l *ledgerLoad, _ *faults) (gap time.Duration, err error) {
 				at := time.Now()
 				if err := errors.Join(p.Cut(0), p.Cut(1)); err != nil {
-					return at, err
+					return 0, err
 				}
 				if err := waitUntil(ctx, "a side goes on alone", func() bool {
 					return p.Sides[0].Phase() == "alone" || p.Sides[1].Phase() == "alone"
 				}); err != nil {
-					return at, err
+					return 0, err
 				}
-				if err := l.more(ctx, answersAfter); err != nil {
-					return at, err
+				if gap, err = l.gap(ctx, at); err != nil {
+					return gap, err
 				}
 				if err := errors.Join(p.Heal(0), p.Heal(1)); err != nil {
-					return at, err
+					return gap, err
 				}
-				return at, p.complete(ctx)
+				return gap, p.complete(ctx)
 			})
 		},
 	}
@@ -185,8 +190,20 @@ func (p *pairRun) sent(side int) (n uint64, err error) {
 	return n, err
 }
 
-// gaps makes trials with a ledger under load. Each loses a side, has it come back, and says when it was lost.
-func (b *bench) gaps(ctx context.Context, g pairGuest, trials int, trial func(p *pairRun, l *ledgerLoad, f *faults) (time.Time, error)) (values [][]float64, err error) {
+// gap waits for some more answers to each client, and returns the longest time that any was without one that ended after
+// a moment.
+func (l *ledgerLoad) gap(ctx context.Context, after time.Time) (longest time.Duration, err error) {
+	if err := l.more(ctx, answersAfter); err != nil {
+		return 0, err
+	}
+	for _, c := range l.clients {
+		longest = max(longest, c.gap(after))
+	}
+	return longest, nil
+}
+
+// gaps makes trials with a ledger under load. Each loses a side, returns what the clients noticed, and has it come back.
+func (b *bench) gaps(ctx context.Context, g pairGuest, trials int, trial func(p *pairRun, l *ledgerLoad, f *faults) (time.Duration, error)) (values [][]float64, err error) {
 	f := &faults{log: b.logf}
 	var gaps []float64
 	err = b.withTwins(ctx, g, func(p *pairRun) error {
@@ -201,15 +218,11 @@ func (b *bench) gaps(ctx context.Context, g pairGuest, trials int, trial func(p 
 			if err := l.more(ctx, answersBetween); err != nil {
 				return err
 			}
-			lost, err := trial(p, l, f)
+			gap, err := trial(p, l, f)
 			if err != nil {
 				return fmt.Errorf("trial %d: %w", n+1, err)
 			}
-			longest := time.Duration(0)
-			for _, c := range l.clients {
-				longest = max(longest, c.gap(lost))
-			}
-			gaps = append(gaps, longest.Seconds())
+			gaps = append(gaps, gap.Seconds())
 		}
 		answers, broken := l.stop()
 		if _, conflicts := watch.Close(); len(conflicts) > 0 {
@@ -297,14 +310,11 @@ func backupReturns() group {
 							pauses = append(pauses, number(e, "pause_us")/1e6)
 						}
 					}
-					if err := l.more(ctx, answersAfter); err != nil {
+					gap, err := l.gap(ctx, begun)
+					if err != nil {
 						return err
 					}
-					longest := time.Duration(0)
-					for _, c := range l.clients {
-						longest = max(longest, c.gap(begun))
-					}
-					gaps = append(gaps, longest.Seconds())
+					gaps = append(gaps, gap.Seconds())
 				}
 				return nil
 			})
