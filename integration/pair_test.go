@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -43,7 +44,7 @@ func newTwins(t *testing.T, o twins.Options) *twins.Twins {
 	o.Binary, err = ftvmm()
 	require.NoError(t, err)
 	o.Dir = t.TempDir()
-	if o.Guest == "" {
+	if o.Guest == "" && !slices.Contains(o.Flags, "--firmware") {
 		o.Guest, o.DiskSize, o.Append = "ledgerd", twinDisk, "journal=77"
 	}
 	o.Flags = append([]string{"--guest-tsc", "unused", "--scrub", "2s"}, o.Flags...)

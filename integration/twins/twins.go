@@ -36,7 +36,7 @@ const (
 	HostAddress  = "192.0.2.1"
 	GuestAddress = "192.0.2.9"
 	prefix       = "/24"
-	bridge       = "br0"
+	Bridge       = "br0" // of both taps
 	trunk        = "trunk" // the cable between the bridges of two namespaces
 	cable        = "cable" // the cable of the link between them
 )
@@ -54,12 +54,13 @@ var Sides = [2]string{"a", "b"}
 type Options struct {
 	Binary   string   // of ftvmm
 	Dir      string   // for everything; it must exist
-	Guest    string   // the embedded guest
+	Guest    string   // the embedded guest; "" where Flags say what runs
 	Append   string   // its command line
 	Memory   string   // default 64M
 	DiskSize int64    // bytes of each side's disk; 0: none
 	User     bool     // user networks, with the guest's UDP and TCP ports 7000 at Ports
 	NoNIC    bool     // no network card
+	NIC      string   // more of the card's description, from a comma on
 	Arbiter  string   // default: a directory
 	Flags    []string // more flags of ftvmm run
 	Link     []string // the addresses of the link; default: one on the loopback
@@ -189,7 +190,7 @@ func (t *Twins) network() (err error) {
 	}
 	// The first cable joins the bridges; a switch between two hosts does no more.
 	if err := t.wire(trunk, [2]net.HardwareAddr{}, func(side int, nl *netlink.Handle, end netlink.Link) error {
-		br, err := nl.LinkByName(bridge)
+		br, err := nl.LinkByName(Bridge)
 		if err != nil {
 			return err
 		}
@@ -245,7 +246,7 @@ func (t *Twins) namespace(suffix, address string) (string, error) {
 	if address == "" {
 		mac[5]++
 	}
-	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: bridge, HardwareAddr: mac}}
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: Bridge, HardwareAddr: mac}}
 	if err := errors.Join(nl.LinkSetUp(lo), nl.LinkAdd(br)); err != nil {
 		return name, err
 	}
@@ -427,10 +428,13 @@ func (s *Side) Start() error {
 	socket := t.path("control-" + name)
 	_ = os.Remove(socket)
 	args := []string{
-		"run", "--guest", o.Guest, "--name", "twin", "--memory", o.Memory, "--pair", t.path("keys/" + name), "--arbiter", o.Arbiter,
+		"run", "--name", "twin", "--memory", o.Memory, "--pair", t.path("keys/" + name), "--arbiter", o.Arbiter,
 		"--control", socket, "--serial", "file:" + t.Console(s.index), "--events", "fd:3", "--pair-log", t.Log(s.index),
 	}
-	if o.Append != "" || !o.User && !o.NoNIC {
+	if o.Guest != "" {
+		args = append(args, "--guest", o.Guest)
+	}
+	if o.Append != "" || o.Guest != "" && !o.User && !o.NoNIC {
 		line := o.Append
 		if !o.User && !o.NoNIC {
 			line += " ip=" + GuestAddress + prefix
@@ -445,7 +449,7 @@ func (s *Side) Start() error {
 	case o.User:
 		args = append(args, "--nic", fmt.Sprintf("user,hostfwd=tcp:%s-:7000,hostfwd=udp:%s-:7000", t.ports[s.index], t.ports[s.index]))
 	default:
-		args = append(args, "--nic", fmt.Sprintf("tap=tap-%s,bridge=%s", name, bridge))
+		args = append(args, "--nic", fmt.Sprintf("tap=tap-%s,bridge=%s%s", name, Bridge, o.NIC))
 	}
 	if s.index == 0 {
 		args = append(args, "--listen", strings.Join(o.Link, ","))

@@ -37,7 +37,7 @@ const maxStream = 256 << 20
 func (t *Twins) Watch() (*Watch, error) {
 	w := &Watch{done: make(chan struct{}), streams: map[uint16]*stream{}}
 	err := t.Enter(func() error {
-		br, err := net.InterfaceByName(bridge)
+		br, err := net.InterfaceByName(Bridge)
 		if err != nil {
 			return err
 		}
