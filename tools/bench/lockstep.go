@@ -57,8 +57,9 @@ type pairGuest struct {
 	memory       string // default pairMemory
 	disk         int64  // bytes; 0: none
 	nic          bool
-	apart        bool     // the sides are in namespaces of their own, with a link that can be cut
-	flags        []string // more flags of a side
+	apart        bool          // the sides are in namespaces of their own, with a link that can be cut
+	rtoMin       time.Duration // of the clients; 0: the system's
+	flags        []string      // more flags of a side
 }
 
 func (g *pairGuest) memoryOr() string {
@@ -331,7 +332,7 @@ func lockstepGroups() (all []group) {
 	for _, n := range []int{20, 100, 1000} {
 		all = append(all, cuts(n))
 	}
-	return append(all, ledgerThroughput(), outputDelay(1), outputDelay(delayClients), killGaps(), freezeGaps(), cutGaps(), backupReturns())
+	return append(all, ledgerThroughput(), outputDelay(1), outputDelay(delayClients), killGaps(0), killGaps(20*time.Millisecond), freezeGaps(), cutGaps(), backupReturns())
 }
 
 // protectedExits measures a guest whose progress are its exits, and what of it is logged: at most 16 bytes for an exit with
