@@ -29,9 +29,11 @@ import (
 const (
 	maxDemoClients = 64
 	maxDemoTrials  = 200
-	// demoDisk and demoDiskTrial are the bytes of a side's disk, and more for each trial: the journal grows all the time.
-	demoDisk      = 16 << 20
-	demoDiskTrial = 4 << 20
+	maxDemoWork    = 1600 // clients times trials
+	// The bytes of a side's disk: the journal grows all the time, with each client.
+	demoDisk       = 16 << 20
+	demoDiskClient = 2 << 20
+	demoDiskTrial  = 512 << 10 // for each client
 	// demoPatience bounds each wait for a guest or a side, on hosts that are slow or busy.
 	demoPatience = time.Minute
 	// calm is how long clients are watched while nothing happens.
@@ -157,6 +159,8 @@ what was not answered, and half of them use UDP.`,
 				return usage(fmt.Sprintf("take 1 to %d", maxDemoClients), "%d clients", o.clients)
 			case o.trials < 1 || o.trials > maxDemoTrials:
 				return usage(fmt.Sprintf("take 1 to %d", maxDemoTrials), "%d trials", o.trials)
+			case o.clients*o.trials > maxDemoWork:
+				return usage("take fewer of one of them", "%d clients in %d trials would fill the guest's disk", o.clients, o.trials)
 			case o.engine != engineLockstep && o.engine != engineCheckpoint:
 				return usage("say lockstep or checkpoint", "--engine %q", o.engine)
 			case o.network != networkTap && o.network != networkUser && o.network != "auto":
@@ -254,7 +258,7 @@ func (d *demo) form(ctx context.Context, dir string) error {
 		return err
 	}
 	o := twins.Options{
-		Binary: binary, Dir: dir, Guest: "ledgerd", DiskSize: demoDisk + int64(d.trials)*demoDiskTrial,
+		Binary: binary, Dir: dir, Guest: "ledgerd", DiskSize: demoDisk + int64(d.clients)*(demoDiskClient+int64(d.trials)*demoDiskTrial),
 		Flags: []string{"--guest-tsc", tscUnused, "--engine", d.engine},
 	}
 	if d.network == networkUser {
