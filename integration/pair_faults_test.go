@@ -190,7 +190,7 @@ type reign struct {
 	side        int
 	from, until time.Time
 	open        bool // outputs left on its word alone
-	deposed     bool // it ended with a bid that was lost, or with a death
+	deposed     bool // it ended with a bid that was not won, or with a death
 }
 
 // reigns returns when a side was live, as its events tell.
@@ -221,6 +221,9 @@ func (x *trial) reigns(side int) (list []reign) {
 		ended := life.Ended
 		if ended.IsZero() {
 			ended = time.Now()
+		}
+		if n := len(list); n > 0 && len(after) == 1 && after[0] == "bidding" {
+			list[n-1].deposed = true // it died before it was told
 		}
 		close(ended, "")
 	}

@@ -392,6 +392,9 @@ func (w *world) feed(entries []log.Entry, marks []mark, limit protocol.Point, ha
 // covers says whether the log is complete up to a point. The lock is held.
 func (w *world) covers(p protocol.Point) bool { return w.hasLimit && !w.limit.Before(p) }
 
+// past says whether the log is complete up to the exit after a position. The lock is held.
+func (w *world) past(pos vmm.Position) bool { return w.hasLimit && w.limit.Exit > pos.Exit }
+
 // peek returns the next entry of the log, nil if there is none yet. The lock is held.
 func (w *world) peek() *log.Entry {
 	if w.head == len(w.queue) {
@@ -512,11 +515,18 @@ func (w *world) follow(pos vmm.Position, buf []vmm.Input) ([]vmm.Input, bool) {
 			w.differs(fmt.Sprintf("an entry of %v is left over", e.Pos))
 			return buf, true
 		}
+		// A stop between two exits has no watermark of its own, and its entries may come one by one.
+		more := e == nil && pos.Count != 0 && !w.past(pos)
+		w.mu.Unlock()
+		if more {
+			if !w.stand(following, func() bool { return w.peek() != nil || w.past(pos) }) {
+				return buf, false
+			}
+			continue
+		}
 		if e == nil || e.Pos != pos || e.Kind != log.Input {
-			w.mu.Unlock()
 			return buf, true
 		}
-		w.mu.Unlock()
 		in := e.Input
 		if in.Kind == vmm.InputDisk {
 			state, ok := w.disks.state(int(in.Device), in.Tag)
@@ -691,7 +701,7 @@ func (w *world) Next(pos vmm.Position) (s vmm.Stop, ok bool) {
 			s, ok = e.Stop, true
 			return true
 		}
-		return w.hasLimit && w.limit.Exit > pos.Exit
+		return w.past(pos)
 	})
 	return s, ok && w.is(following)
 }
