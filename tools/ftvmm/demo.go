@@ -80,6 +80,7 @@ type demoReport struct {
 	Repeats         int          `json:"repeats"`
 	JournalRecords  int          `json:"journal_records"`
 	DisksEqual      bool         `json:"disks_equal"`
+	Divergences     int          `json:"divergences"` // that the pair found and repaired
 	CalmMS          float64      `json:"calm_gap_ms"` // the longest gap of a client while nothing happened
 	Trials          int          `json:"trials"`
 	Gaps            []demoGaps   `json:"gaps"`
@@ -449,6 +450,15 @@ func (d *demo) end(ctx context.Context, load *clients, primary int) error {
 			return fmt.Errorf("side %s ended with exit code %d", twins.Sides[i], code)
 		}
 	}
+	for _, s := range d.pair.Sides {
+		for _, life := range s.Lives() {
+			for _, e := range life.Events {
+				if e.Kind == event.PairDivergence {
+					d.report.Divergences++
+				}
+			}
+		}
+	}
 	d.step("read the journal from both disks")
 	var errs []error
 	for i := range d.pair.Sides {
@@ -588,6 +598,9 @@ func (d *demo) finish() error {
 		fmt.Fprintf(d.out, "  %-20s %2d times: a client waited %.1f ms (median), %.1f ms (longest)\n", g.Event+",", d.trials, g.P50, g.Max)
 	}
 	fmt.Fprintf(d.out, "  a side that was killed was back after %.1f s (median), %.1f s (longest)\n", r.Rejoin.P50/1e3, r.Rejoin.Max/1e3)
+	if r.Divergences > 0 {
+		fmt.Fprintf(d.out, "  the backup did something else than the primary %d times, and was made equal\n", r.Divergences)
+	}
 	fmt.Fprintf(d.out, "  journal of %s records verified on both disks, which are %s\n", thousands(r.JournalRecords), equality(r.DisksEqual))
 	return nil
 }
