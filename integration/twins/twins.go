@@ -36,7 +36,7 @@ const (
 	HostAddress  = "192.0.2.1"
 	GuestAddress = "192.0.2.9"
 	prefix       = "/24"
-	Bridge       = "br0" // of both taps
+	Bridge       = "br0"   // of both taps
 	trunk        = "trunk" // the cable between the bridges of two namespaces
 	cable        = "cable" // the cable of the link between them
 )
