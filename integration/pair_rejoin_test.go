@@ -27,6 +27,16 @@ func often(few, many int) int {
 	return few
 }
 
+// rules are the rules by which an output may leave.
+var rules = []struct {
+	name  string
+	flags []string
+}{
+	{"executed", []string{"--engine", "lockstep"}},
+	{"received", []string{"--engine", "lockstep", "--commit", "received"}},
+	{"checkpointed", []string{"--engine", "checkpoint"}},
+}
+
 // wake lets clients notice soon that their connection is gone, for trials in which the guest starts from its disk.
 func (x *trial) wake() {
 	x.restarts = true
@@ -58,13 +68,13 @@ func TestPairSurvivesKillsAtRandom(t *testing.T) {
 	if !slow {
 		t.Skip("a hundred kills take minutes: run it with the tag slow")
 	}
-	for _, engine := range []string{"lockstep", "checkpoint"} {
-		t.Run(engine, func(t *testing.T) {
+	for _, rule := range rules {
+		t.Run(rule.name, func(t *testing.T) {
 			seed := uint64(time.Now().UnixNano())
 			t.Logf("seed %d", seed)
 			r := rand.New(rand.NewPCG(seed, 0))
-			x := newTrial(t, twins.Options{Flags: []string{"--engine", engine}}, 2)
-			for k := range 60 {
+			x := newTrial(t, twins.Options{Flags: rule.flags}, 2)
+			for k := range 40 {
 				victim := r.IntN(2)
 				x.more(1 + r.IntN(60))
 				time.Sleep(time.Duration(r.IntN(5000)) * time.Microsecond) // any moment
@@ -189,9 +199,9 @@ func TestPairSurvivesTheLossOfASideDuringACut(t *testing.T) {
 // The primary dies with outputs held: the backup's word, which would have let them leave, does not arrive. And it dies after its
 // own disk has got writes that the backup has not heard of.
 func TestPairSurvivesTheLossOfAPrimaryThatIsAhead(t *testing.T) {
-	for _, engine := range []string{"lockstep", "checkpoint"} {
-		t.Run(engine, func(t *testing.T) {
-			x := newTrial(t, twins.Options{Proxied: true, Flags: []string{"--engine", engine}}, 2)
+	for _, rule := range rules {
+		t.Run(rule.name, func(t *testing.T) {
+			x := newTrial(t, twins.Options{Proxied: true, Flags: rule.flags}, 2)
 			for k := range often(1, 10) {
 				for _, ahead := range []bool{true, false} {
 					victim, from := x.primary, x.backup()
