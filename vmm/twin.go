@@ -229,6 +229,16 @@ func (m *Machine) PowerCycle() error {
 	return m.powerOn()
 }
 
+// FlipRegister changes a bit of the guest's R12: a fault, for tests. Called on the vCPU loop, at a stop.
+func (m *Machine) FlipRegister() error {
+	r, err := m.vcpu.Regs()
+	if err != nil {
+		return err
+	}
+	r.R12 ^= 1
+	return m.vcpu.SetRegs(&r)
+}
+
 // Components returns how many devices have a state of their own.
 func (m *Machine) Components() int { return len(m.components) }
 
