@@ -62,6 +62,7 @@ func (b *cutBuffer) page(pfn uint64) []byte {
 
 // staged is a cut that a backup is receiving.
 type staged struct {
+	came     time.Time // when its head came
 	machine  *vmm.State
 	memory   *pages.Sum
 	learners []announce.State
@@ -707,6 +708,7 @@ func (p *Pair) stopForCut() {
 
 // stage takes the head of a cut and finds out which pages differ.
 func (p *Pair) stage(data []byte) {
+	came := time.Now()
 	p.beside(func(gen uint64) error {
 		n, k := binary.Uvarint(data)
 		if k <= 0 || n > uint64(len(data)-k) {
@@ -739,7 +741,7 @@ func (p *Pair) stage(data []byte) {
 			}
 			i++
 		}
-		st := &staged{machine: state, memory: s.Memory, learners: s.Learners, writes: s.Writes, pages: make(map[uint64][]byte, want.Len())}
+		st := &staged{came: came, machine: state, memory: s.Memory, learners: s.Learners, writes: s.Writes, pages: make(map[uint64][]byte, want.Len())}
 		p.post(func() {
 			if p.gen.Load() == gen {
 				p.staged = st
@@ -832,6 +834,7 @@ func (p *Pair) apply() {
 			w.mu.Unlock()
 			p.post(func() {
 				p.exitHeld = st.machine.Exit != nil
+				p.covered(st.came)
 				p.node.CutApplied()
 				p.decoder = log.Decoder{}
 			})

@@ -44,7 +44,7 @@ type earlySender struct {
 // arrived takes a frame for a live guest. It is lent for the call.
 func (p *Pair) arrived(nic int, frame []byte) {
 	out := p.early.out.Load()
-	if out == nil || len(frame) > maxEarly || !p.world.logging.Load() || p.world.checkpoint {
+	if out == nil || len(frame) > maxEarly || !p.world.logging.Load() {
 		return
 	}
 	now := time.Now().UnixMilli()
@@ -85,6 +85,16 @@ func (p *Pair) logged(in *vmm.Input) {
 			return
 		}
 	}
+}
+
+// covered forgets the frames that came before a cut was taken, now that the cut is in place: the guest has got them, all but
+// a few that were waiting.
+func (p *Pair) covered(taken time.Time) {
+	n := 0
+	for n < len(p.frames) && p.frames[n].at.Before(taken) {
+		n++
+	}
+	p.frames = p.frames[n:]
 }
 
 // unlogged returns the frames that the log does not have, and forgets them.
