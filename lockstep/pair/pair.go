@@ -743,7 +743,7 @@ func (p *Pair) hangUp(why string) {
 		// The primary logs nothing more: what comes from now on this side alone may have.
 		p.world.in.Hold()
 	}
-	if up {
+	if up && !p.world.ended.Load() { // a guest that has ended needs nobody to go on
 		p.node.LinkDown(conn)
 	}
 }
