@@ -412,7 +412,7 @@ func (p *Pair) cut(gen uint64, a protocol.TakeCut, peer *pages.Set) error {
 		buf.bytes = append(buf.bytes, p.page(pfn)...)
 	}
 	buf.set = set
-	writes := w.disks.since(a.Since)
+	writes := w.disks.since(a.Since, a.Term)
 	if err := p.m.NewTerm(); err != nil {
 		return err
 	}
@@ -885,9 +885,14 @@ func (p *Pair) untouched(st *staged) error {
 func (p *Pair) discard() {
 	p.gen.Add(1)
 	p.staged, p.buffer = nil, nil
-	p.work <- func() { p.sums = nil }
 	w := p.world
 	w.disks.setTracking(trackNothing)
+	p.work <- func() {
+		// A cut that was being taken meanwhile has begun a term that nobody follows.
+		w.disks.setTracking(trackNothing)
+		w.logging.Store(false)
+		p.sums = nil
+	}
 	w.mu.Lock()
 	w.stop = false
 	w.mu.Unlock()
@@ -982,7 +987,7 @@ func (p *Pair) begun(logging bool) {
 }
 
 // goLive switches from the log to the world. On the vCPU loop, which stands.
-func (p *Pair) goLive(newTerm bool, early []earlyFrame) error {
+func (p *Pair) goLive(newTerm bool, term uint64, early []earlyFrame) error {
 	w := p.world
 	w.mu.Lock()
 	w.queue, w.head, w.marks, w.diverged, w.stop = nil, 0, nil, false, false
@@ -992,7 +997,7 @@ func (p *Pair) goLive(newTerm bool, early []earlyFrame) error {
 			return err
 		}
 		w.newTerm()
-		w.disks.setTracking(trackData)
+		w.disks.beginTerm(term)
 	}
 	p.begun(newTerm)
 	w.inject(early)

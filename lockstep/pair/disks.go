@@ -66,7 +66,8 @@ type disks struct {
 	inFlight int
 	track    tracking
 	writes   []written
-	bytes    int // in writes
+	term     uint64 // in which the guest makes them
+	bytes    int    // in writes
 }
 
 func newDisks(backends []backend.Disk) *disks {
@@ -236,10 +237,17 @@ func (d *disks) setTracking(t tracking) []written {
 	return w
 }
 
-// prune forgets the writes of the current term that the backup has done, too.
-func (d *disks) prune(done protocol.Point) {
+// prune forgets the writes of a term that the backup has done, too. The guest may have begun another by now.
+func (d *disks) prune(done protocol.Point, term uint64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if term == d.term {
+		d.drop(done)
+	}
+}
+
+// drop forgets the writes up to and including a point. The lock is held.
+func (d *disks) drop(done protocol.Point) {
 	n := 0
 	for n < len(d.writes) && !done.Before(d.writes[n].point) {
 		d.bytes -= len(d.writes[n].extent.Data)
@@ -250,10 +258,23 @@ func (d *disks) prune(done protocol.Point) {
 	}
 }
 
-// since returns the writes after a point, and forgets all: a new term begins.
-func (d *disks) since(p protocol.Point) []written {
-	d.prune(p)
-	return d.setTracking(trackData)
+// since returns the writes after a point, and forgets all: a new term begins. With the zero point it returns all.
+func (d *disks) since(p protocol.Point, term uint64) []written {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if p != (protocol.Point{}) {
+		d.drop(p)
+	}
+	w := d.writes
+	d.track, d.writes, d.bytes, d.term = trackData, nil, 0, term
+	return w
+}
+
+// beginTerm tracks a term that begins without a cut.
+func (d *disks) beginTerm(term uint64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.track, d.writes, d.bytes, d.term = trackData, nil, 0, term
 }
 
 // barrier waits until every request that is in flight now has been done once.

@@ -413,7 +413,7 @@ func (p *Pair) tick() {
 		return
 	}
 	if p.opts.Commit != protocol.Checkpointed {
-		p.world.disks.prune(p.node.Acked())
+		p.world.disks.prune(p.node.Acked(), p.node.Term())
 	} else if time.Since(p.lastCut) >= p.opts.Interval {
 		p.node.NeedCut("checkpoint")
 	}
@@ -516,8 +516,8 @@ func (p *Pair) do(a protocol.Action) {
 		w.pace.Store(a.Wait)
 		w.bell.Ring()
 	case protocol.GoLive:
-		newTerm, early := p.node.Logging(), p.unlogged()
-		w.order(func() error { return p.goLive(newTerm, early) })
+		newTerm, term, early := p.node.Logging(), p.node.Term(), p.unlogged()
+		w.order(func() error { return p.goLive(newTerm, term, early) })
 	case protocol.Follow:
 		p.decoder = log.Decoder{}
 		w.resetLog()

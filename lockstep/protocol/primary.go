@@ -207,7 +207,11 @@ func (n *Node) stepPrimary(m Message) {
 	case MsgCutDirty:
 		if n.cut == cutAsked && m.Term == n.term+1 {
 			n.cut = cutTaking
-			n.do(TakeCut{Term: m.Term, Dirty: m.Data, Since: n.executed, Full: n.full})
+			since := n.executed
+			if !n.logging {
+				since = Point{} // of an older term: who joins has executed nothing of this one
+			}
+			n.do(TakeCut{Term: m.Term, Dirty: m.Data, Since: since, Full: n.full})
 		}
 	case MsgCutWant:
 		if n.cut == cutTaken && m.Term == n.term {
