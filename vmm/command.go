@@ -138,6 +138,7 @@ func (m *Machine) Reset(ctx context.Context) error {
 func (m *Machine) Quit() {
 	go func() {
 		_ = m.order(context.Background(), command{raw: true, done: make(chan error, 1), f: func() error {
+			m.quitting = true
 			m.end(Exit{Reason: ExitQuit})
 			return nil
 		}})

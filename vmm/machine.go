@@ -156,6 +156,7 @@ type Machine struct {
 	noWindow     bool // until the next exit: where the guest can take interrupts has no name
 	fresh        bool // a term begins at this stop: its inputs are taken first
 	frozen       bool // by Freeze
+	quitting     bool // Quit was called
 	exit         *Exit
 	stats        Stats
 	powerOnCPU   *CPUState // the vCPU as KVM creates it

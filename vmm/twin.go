@@ -68,7 +68,7 @@ func (m *Machine) Thaw() {
 }
 
 // Serve answers the commands that wait, for a source that keeps the vCPU loop waiting in one of its methods: those that may
-// run at any time are run, others are refused with [ErrStandby]. It reports whether the machine is to end.
+// run at any time are run, others are refused with [ErrStandby]. It reports whether the user has asked for the end.
 func (m *Machine) Serve() (ending bool) {
 	for {
 		select {
@@ -82,7 +82,7 @@ func (m *Machine) Serve() (ending bool) {
 				c.done <- err
 			}
 		default:
-			return m.exit != nil
+			return m.quitting
 		}
 	}
 }
@@ -248,6 +248,9 @@ func (m *Machine) EncodeComponent(i int) (name string, state []byte, err error) 
 	b, err := encMode.Marshal(c.save())
 	return c.name, b, err
 }
+
+// Quitting says whether the user has asked for the end. Called on the vCPU loop.
+func (m *Machine) Quitting() bool { return m.quitting }
 
 // Fresh says whether a term has begun at this stop and its inputs have not been asked for. Called on the vCPU loop.
 func (m *Machine) Fresh() bool { return m.fresh }

@@ -332,7 +332,7 @@ func (w *world) stand(m mode, ready func() bool) bool {
 			}
 			continue
 		}
-		if !w.is(m) {
+		if !w.is(m) || w.m.Quitting() {
 			w.settled()
 			return false
 		}
@@ -737,7 +737,7 @@ func (w *world) Stuck(pos vmm.Position) {
 
 // Ended holds the guest's end until it may be shown: it is an output like others.
 func (w *world) Ended(e vmm.Exit) bool {
-	if e.Reason == vmm.ExitQuit {
+	if w.m.Quitting() {
 		return true
 	}
 	if !w.exitSent {
