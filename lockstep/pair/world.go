@@ -763,7 +763,7 @@ func (w *world) Ended(e vmm.Exit) bool {
 		return w.ended.Load() || len(w.marks) > 0 && !at.Before(w.marks[0].point)
 	})
 	w.closed = false // a mark may have come for this stop, the last
-	return w.ended.Load() && !w.m.Fresh()
+	return w.ended.Load()
 }
 
 // more says whether the log goes on after the present stop.
