@@ -108,7 +108,6 @@ type Pair struct {
 	m     *vmm.Machine
 	cfg   *vmm.Config
 	log   *slog.Logger
-	macs  [][6]byte
 
 	inbox  chan func()
 	kick   chan struct{}

@@ -33,7 +33,7 @@ func main() {
 	if len(os.Args) > 1 {
 		dir = os.Args[1]
 	}
-	findings, err := Check(dir, "./devices/...", "./firmware/...", "./lockstep/protocol/...")
+	findings, err := Check(dir, "./devices/...", "./firmware/...", "./lockstep/protocol/...", "./lockstep/pages/...", "./lockstep/announce/...")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "purity:", err)
 		os.Exit(2)
