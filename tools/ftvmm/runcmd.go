@@ -59,10 +59,11 @@ host lacks KVM or a feature; 66 the guest crashed.`,
 	twin.add(c.Flags())
 	c.Flags().StringVar(&restore, "restore", "", "go on with the guest that vm save wrote to this `file`")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
-		g, _, err := s.load(args)
+		g, origins, err := s.load(args)
 		if err == nil {
 			how := checks()
 			how.Restoring = restore != ""
+			how.BareFirmware = origins["firmware"] != config.OriginDefault
 			err = g.Check(how)
 		}
 		if err == nil {

@@ -23,6 +23,8 @@ type Checks struct {
 	NIC func(spec string) error
 	// Restoring is set if the state comes from a file, so that there need be nothing to boot.
 	Restoring bool
+	// BareFirmware is set if the user has asked for the firmware by name, so that there need be nothing for it to boot.
+	BareFirmware bool
 	// SkipFiles leaves out whether files exist: for a configuration that is meant for another host.
 	SkipFiles bool
 }
@@ -190,7 +192,7 @@ func (c *checker) boot() {
 	if !isWord(c.Firmware) {
 		c.file("firmware", c.Firmware, false, FirmwareNotFound, "apt-get install seabios, or name an image that exists")
 	}
-	if c.Restoring || hasKernel {
+	if c.Restoring || hasKernel || c.BareFirmware && c.Firmware != FirmwareNone {
 		return
 	}
 	const what = "give --kernel FILE or --disk path=FILE, or try: ftvmm run --guest hello"
