@@ -150,8 +150,8 @@ main() {
 	case $verb in
 	deps) deps ;;
 	build) build ;;
-	test) run_tests "$@" ./... ;;
-	test-slow) run_tests -tags slow -timeout 60m "$@" ./... ;;
+	test) run_tests -timeout 40m "$@" ./... ;;
+	test-slow) run_tests -tags slow -timeout 120m "$@" ./... ;;
 	lint) lint ;;
 	bench) exec go run ./tools/bench "$@" ;;
 	fuzz) fuzz "$@" ;;
