@@ -4,25 +4,16 @@ package integration
 
 import (
 	"context"
-	"fmt"
-	"hash/fnv"
-	"net"
-	"net/http"
-	"net/netip"
 	"os"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"github.com/insomniacslk/dhcp/dhcpv4"
-	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	"github.com/stretchr/testify/require"
 
 	"github.com/ftvmm/ftvmm/firmware"
 	"github.com/ftvmm/ftvmm/integration/twins"
-	"github.com/ftvmm/ftvmm/mirror/nic/user/tftp"
 	"github.com/ftvmm/ftvmm/vmm"
 )
 
@@ -76,86 +67,4 @@ func TestFirmwareSurvivesTheLossOfItsHost(t *testing.T) {
 	}
 	require.True(t, whole, "%q and %q do not make %q", first, second, want)
 	require.Zero(t, p.Sides[1-primary].Count("pair-divergence"))
-}
-
-// iPXE goes on with a download when its host is lost in the middle, and what arrives has the right checksum. It reads
-// clocks that cannot be trapped here, so each of its outputs is covered by a cut.
-func TestNetworkBootSurvivesTheLossOfItsHost(t *testing.T) {
-	if _, err := os.Stat(ipxeROM); err != nil {
-		t.Skip("no iPXE for virtio network cards: apt-get install ipxe-qemu")
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), ipxePatience)
-	defer cancel()
-	p := newTwins(t, twins.Options{
-		NIC: ",rom=" + ipxeROM + ",bootindex=1", Flags: []string{"--firmware", "seabios", "--guest-tsc", "auto"},
-	})
-	f := newBootFiles(t)
-	half, killed := make(chan struct{}), make(chan struct{})
-	var once sync.Once
-	f.mux.HandleFunc("GET /slow", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Length", fmt.Sprint(len(f.data)))
-		_, _ = w.Write(f.data[:len(f.data)/2])
-		w.(http.Flusher).Flush()
-		once.Do(func() { close(half) })
-		<-killed
-		if _, err := w.Write(f.data[len(f.data)/2:]); err == nil {
-			f.gets.Add(1)
-		}
-	})
-	var web net.Listener
-	var files net.PacketConn
-	var dhcp *server4.Server
-	require.NoError(t, p.Enter(func() (err error) {
-		if web, err = net.Listen("tcp4", twins.HostAddress+":0"); err != nil {
-			return err
-		}
-		if files, err = net.ListenPacket("udp4", twins.HostAddress+":69"); err != nil {
-			return err
-		}
-		dhcp, err = server4.NewServer(twins.Bridge, &net.UDPAddr{Port: dhcpv4.ServerPort}, answerDHCP(t))
-		return err
-	}))
-	f.serveHTTP(t, web)
-	f.script(t, web.Addr().String())
-	script, err := os.ReadFile(f.dir + "/" + bootScript)
-	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(f.dir+"/"+bootScript, []byte(strings.Replace(string(script), "/data", "/slow", 1)), 0o644))
-	root, err := os.OpenRoot(f.dir)
-	require.NoError(t, err)
-	s := tftp.Server{Root: root, MaxBlock: 1468, Dial: func(client netip.AddrPort) (c net.Conn, err error) {
-		err = p.Enter(func() error {
-			var d net.Dialer
-			c, err = d.DialContext(ctx, "udp4", client.String())
-			return err
-		})
-		return c, err
-	}}
-	ended := make(chan error, 2)
-	go func() { ended <- s.Serve(files) }()
-	go func() { ended <- dhcp.Serve() }()
-	t.Cleanup(func() {
-		files.Close()
-		dhcp.Close()
-		for range cap(ended) {
-			require.ErrorIs(t, <-ended, net.ErrClosed)
-		}
-		require.NoError(t, root.Close())
-	})
-	primary := startTwins(t, ctx, p)
-	began := time.Now()
-	select {
-	case <-half:
-	case <-ctx.Done():
-		t.Fatalf("iPXE does not ask for the file; its host: %s", consoleOf(t, p, primary))
-	}
-	t.Logf("half of the file is on its way after %v", time.Since(began))
-	p.Sides[primary].Kill()
-	close(killed)
-	sum := fnv.New64a()
-	sum.Write(f.data)
-	waitConsole(t, p, 1-primary, fmt.Sprintf("module: %d bytes, sum %016x", len(f.data), sum.Sum64()))
-	t.Logf("the kernel has it after %v", time.Since(began))
-	code, err := p.Sides[1-primary].Wait(ctx)
-	require.NoError(t, err)
-	require.Equal(t, 32, code)
 }

@@ -60,7 +60,6 @@ type Options struct {
 	DiskSize int64    // bytes of each side's disk; 0: none
 	User     bool     // user networks, with the guest's UDP and TCP ports 7000 at Ports
 	NoNIC    bool     // no network card
-	NIC      string   // more of the card's description, from a comma on
 	Arbiter  string   // default: a directory
 	Flags    []string // more flags of ftvmm run
 	Link     []string // the addresses of the link; default: one on the loopback
@@ -449,7 +448,7 @@ func (s *Side) Start() error {
 	case o.User:
 		args = append(args, "--nic", fmt.Sprintf("user,hostfwd=tcp:%s-:7000,hostfwd=udp:%s-:7000", t.ports[s.index], t.ports[s.index]))
 	default:
-		args = append(args, "--nic", fmt.Sprintf("tap=tap-%s,bridge=%s%s", name, Bridge, o.NIC))
+		args = append(args, "--nic", fmt.Sprintf("tap=tap-%s,bridge=%s", name, Bridge))
 	}
 	if s.index == 0 {
 		args = append(args, "--listen", strings.Join(o.Link, ","))
